@@ -1,0 +1,578 @@
+"""NAFNet with swappable blocks: the net, seven blocks, saliency, surrogates, assembly, deployment.
+
+Letters in every docstring: B batch, C channels, H W pixels, S sites, K options per site.
+A *site* is a block that may be replaced ("dec0.0"), an *option* its number in BLOCKS (0 = the
+original), a *surrogate* a trained alternative for one site, a *choice* a dict {site: option}.
+Images are float32 RGB in [0, 1]; nets and images stay in channels_last.
+"""
+import contextlib
+import copy
+import math
+import zlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.flop_counter import FlopCounterMode
+
+
+# ------------------------------------------------------------------------------- operators
+
+def layer_norm(x, weight, bias, eps=1e-6):
+    """Layer norm over the channels of x (B, C, H, W), at each pixel (Chen et al. 2022, section 3.2).
+
+    On a channels_last tensor both permutes are views, so this is one call of the fused kernel.
+    """
+    y = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps)        # (B, H, W, C)
+    return y.permute(0, 3, 1, 2)
+
+
+def sliding_mean(x, size, dim):
+    """Mean of x over every full window of `size` along `dim`; that axis shrinks by size - 1.
+
+    Running sums in float64: differences of float32 ones lose digits over large maps.
+    """
+    zero = torch.zeros_like(x.narrow(dim, 0, 1), dtype=torch.float64)
+    total = torch.cat([zero, x.cumsum(dim, dtype=torch.float64)], dim)
+    count = x.shape[dim] + 1 - size
+    return ((total.narrow(dim, size, count) - total.narrow(dim, 0, count)) / size).to(x.dtype)
+
+
+def local_mean(x, window=None):
+    """Mean of x (B, C, H, W) over all pixels, (B, C, 1, 1), or over a window, (B, C, H, W).
+
+    `window` is a side or (height, width) in pixels of x; edges repeat the nearest full window; a
+    window that covers the whole map is the global mean. Test-time local converter, Chu et al. 2021.
+    """
+    height, width = x.shape[-2:]
+    rows, cols = (window, window) if isinstance(window, int) else window or (height, width)
+    if rows < 1 or cols < 1:
+        raise ValueError(f"local_mean: window {window} must be at least 1")
+    if rows >= height and cols >= width:
+        return x.mean((2, 3), keepdim=True)
+    y = sliding_mean(sliding_mean(x, min(rows, height), 2), min(cols, width), 3)
+    down, right = height - y.shape[2], width - y.shape[3]
+    return F.pad(y, (right // 2, right - right // 2, down // 2, down - down // 2), mode="replicate")
+
+
+def gate(x):
+    """SimpleGate: the product of the two halves of the channels, (B, 2C, H, W) -> (B, C, H, W)."""
+    a, b = x.chunk(2, dim=1)
+    return a * b
+
+
+def residual(x, branch, scale):
+    """x + scale * branch in one pass over memory; scale (1, C, 1, 1) starts at zero: the identity."""
+    return torch.addcmul(x, branch, scale)
+
+
+def zero_scale(channels):
+    """The zero-initialised scale (1, C, 1, 1) of a residual branch."""
+    return nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+
+def depthwise(channels):
+    """3x3 depthwise convolution, (B, C, H, W) -> (B, C, H, W)."""
+    return nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+
+
+def conv_bn(conv):
+    """A convolution and the batch norm after it: the pair that `deploy` folds into one convolution."""
+    return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels))
+
+
+# ------------------------------------------------------------------- option 0: the NAF block
+
+class LayerNorm2d(nn.Module):
+    """`layer_norm` with its weights."""
+
+    def __init__(self, channels, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x):
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class NAFBlock(nn.Module):
+    """Option 0, the original (Chen et al. 2022, figure 3c): everything below x and y is theirs.
+
+    y = x + beta * conv3(a * sca(mean a)), a = gate(dw(conv1(norm1 x)));
+    z = y + gamma * conv5(gate(conv4(norm2 y))). Three operators dislike NPUs: the norm over
+    channels, the global mean with its broadcast product, and the split of channels in the gate.
+    """
+
+    def __init__(self, channels, window=None):
+        super().__init__()
+        self.window = window
+        self.conv1 = nn.Conv2d(channels, 2 * channels, 1)
+        self.conv2 = depthwise(2 * channels)
+        self.conv3 = nn.Conv2d(channels, channels, 1)
+        # Position 1 in a Sequential: the released checkpoints call these weights "sca.1".
+        self.sca = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels, 1))
+        self.conv4 = nn.Conv2d(channels, 2 * channels, 1)
+        self.conv5 = nn.Conv2d(channels, channels, 1)
+        self.norm1 = LayerNorm2d(channels)
+        self.norm2 = LayerNorm2d(channels)
+        self.beta = zero_scale(channels)
+        self.gamma = zero_scale(channels)
+
+    def forward(self, x):
+        a = gate(self.conv2(self.conv1(self.norm1(x))))                             # (B, C, H, W)
+        a = a * self.sca(local_mean(a, self.window))
+        y = residual(x, self.conv3(a), self.beta)
+        return residual(y, self.conv5(gate(self.conv4(self.norm2(y)))), self.gamma)
+
+
+# ------------------------------------------------ options 1-6: channels in = channels out, stride 1
+
+class GatedBN(nn.Module):
+    """Option 1: the NAF block without layer norm and without attention; batch norm instead.
+
+    Gone: the norm over channels and the global mean. Batch norm after a convolution costs nothing
+    once folded (Ioffe & Szegedy 2015); the rest is Chen et al. 2022.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = conv_bn(nn.Conv2d(channels, 2 * channels, 1))
+        self.conv2 = depthwise(2 * channels)
+        self.conv3 = nn.Conv2d(channels, channels, 1)
+        self.conv4 = conv_bn(nn.Conv2d(channels, 2 * channels, 1))
+        self.conv5 = nn.Conv2d(channels, channels, 1)
+        self.beta = zero_scale(channels)
+        self.gamma = zero_scale(channels)
+
+    def attend(self, a):
+        return a
+
+    def forward(self, x):
+        a = self.attend(gate(self.conv2(self.conv1(x))))                            # (B, C, H, W)
+        y = residual(x, self.conv3(a), self.beta)
+        return residual(y, self.conv5(gate(self.conv4(y))), self.gamma)
+
+
+class Gated(GatedBN):
+    """Option 2: option 1 without its batch norms, so nothing normalises at all.
+
+    Gone: the norm over channels and the global mean. Norm-free residual branches whose scale starts
+    at zero train well (Zhang et al. 2019, Fixup; Bachlechner et al. 2021, ReZero).
+    """
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.conv1, self.conv4 = self.conv1[0], self.conv4[0]
+
+
+class InvertedResidual(nn.Module):
+    """Option 3: 1x1 expand, 3x3 depthwise, 1x1 project, batch norm, ReLU6 (Sandler et al. 2018).
+
+    Gone: the norm over channels, the global mean and the split of channels. Expansion 3: as many
+    multiplications in the 1x1 convolutions, 6 C^2 per pixel, as option 1 has.
+    """
+
+    def __init__(self, channels, expansion=3):
+        super().__init__()
+        wide = expansion * channels
+        self.expand = conv_bn(nn.Conv2d(channels, wide, 1))
+        self.depthwise = conv_bn(depthwise(wide))
+        self.project = conv_bn(nn.Conv2d(wide, channels, 1))
+        self.scale = zero_scale(channels)
+
+    def forward(self, x):
+        a = F.relu6(self.depthwise(F.relu6(self.expand(x))))                        # (B, 3C, H, W)
+        return residual(x, self.project(a), self.scale)
+
+
+class ReluBN(nn.Module):
+    """Option 4: the NAF block with batch norm, ReLU in place of the gate, no attention.
+
+    Gone: the norm over channels, the global mean and the split of channels. ReLU keeps the number
+    of channels that a gate halves, so the branches stay C wide (the plain block of Chen et al. 2022).
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = conv_bn(nn.Conv2d(channels, channels, 1))
+        self.conv2 = conv_bn(depthwise(channels))
+        self.conv3 = nn.Conv2d(channels, channels, 1)
+        self.conv4 = conv_bn(nn.Conv2d(channels, channels, 1))
+        self.conv5 = nn.Conv2d(channels, channels, 1)
+        self.beta = zero_scale(channels)
+        self.gamma = zero_scale(channels)
+
+    def forward(self, x):
+        y = residual(x, self.conv3(F.relu(self.conv2(self.conv1(x)))), self.beta)   # (B, C, H, W)
+        return residual(y, self.conv5(F.relu(self.conv4(y))), self.gamma)
+
+
+class RepBranches(nn.Module):
+    """3x3 + 1x1 + identity, summed; `merged` is the one 3x3 convolution they equal (Ding et al. 2021)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.out_channels = channels
+        self.conv3x3 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1x1 = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        return self.conv3x3(x) + self.conv1x1(x) + x
+
+    def merged(self):
+        """The equal nn.Conv2d, freshly made; this module is left as it is."""
+        conv = copy.deepcopy(self.conv3x3)
+        with torch.no_grad():
+            identity = torch.eye(self.out_channels).to(conv.weight)                 # (C, C)
+            conv.weight[:, :, 1, 1] += self.conv1x1.weight[:, :, 0, 0] + identity
+            conv.bias += self.conv1x1.bias
+        return conv
+
+
+class RepConv(nn.Module):
+    """Option 5: 3x3 + 1x1 + identity branches that merge into one 3x3, ReLU, 1x1 (Ding et al. 2021).
+
+    Gone: the norm over channels, the global mean, the split of channels and the depthwise
+    convolution. Most multiplications of all, in the one shape that every accelerator is built for.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.rep = conv_bn(RepBranches(channels))
+        self.project = nn.Conv2d(channels, channels, 1)
+        self.scale = zero_scale(channels)
+
+    def forward(self, x):
+        return residual(x, self.project(F.relu(self.rep(x))), self.scale)
+
+
+class GatedBNAttention(GatedBN):
+    """Option 6: option 1 with the channel attention kept.
+
+    Gone: the norm over channels only. What it costs against option 1 is the price of attention.
+    """
+
+    def __init__(self, channels, window=None):
+        super().__init__(channels)
+        self.window = window
+        self.sca = nn.Conv2d(channels, channels, 1)
+
+    def attend(self, a):
+        return a * self.sca(local_mean(a, self.window))
+
+
+# Position = option number. A further alternative is one class (channels in = channels out) and one
+# entry here; nothing else counts to seven.
+BLOCKS = (NAFBlock, GatedBN, Gated, InvertedResidual, ReluBN, RepConv, GatedBNAttention)
+
+
+# ---------------------------------------------------------------------------------- the net
+
+class NAFNet(nn.Module):
+    """U-Net of NAF blocks (Chen et al. 2022); keys are those of the authors' released checkpoints.
+
+    `width` channels at full resolution, doubled at each of len(enc) levels; `window` in input pixels
+    switches every attention to local means, each level using it divided by its stride.
+    """
+
+    def __init__(self, width=32, enc=(1, 1, 1, 28), middle=1, dec=(1, 1, 1, 1), window=None):
+        super().__init__()
+        if len(enc) != len(dec):
+            raise ValueError(f"NAFNet: {len(enc)} encoder stages but {len(dec)} decoder stages")
+        channels = [width * 2 ** level for level in range(len(enc) + 1)]
+        deepest = channels[-1]
+        self.intro = nn.Conv2d(3, width, 3, padding=1)
+        self.encoders = nn.ModuleList(_stage(c, n) for c, n in zip(channels, enc))
+        self.downs = nn.ModuleList(nn.Conv2d(c, 2 * c, 2, stride=2) for c in channels[:-1])
+        self.middle_blks = _stage(deepest, middle)
+        self.ups = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(2 * c, 4 * c, 1, bias=False), nn.PixelShuffle(2))
+            for c in channels[-2::-1])
+        self.decoders = nn.ModuleList(_stage(c, n) for c, n in zip(channels[-2::-1], dec))
+        self.ending = nn.Conv2d(width, 3, 3, padding=1)
+        set_window(self, window)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, image):
+        """Blurred (B, 3, H, W) -> restored (B, 3, H, W), any H and W."""
+        height, width = image.shape[-2:]
+        stride = 2 ** len(self.encoders)
+        image = F.pad(image, (0, -width % stride, 0, -height % stride))
+        image = image.contiguous(memory_format=torch.channels_last)
+        x = self.intro(image)
+        skips = []
+        for encoder, down in zip(self.encoders, self.downs):
+            skips.append(encoder(x))
+            x = down(skips[-1])
+        x = self.middle_blks(x)
+        for up, decoder in zip(self.ups, self.decoders):
+            x = decoder(up(x) + skips.pop())
+        return (self.ending(x) + image)[:, :, :height, :width]
+
+
+def _stage(channels, blocks):
+    return nn.Sequential(*(NAFBlock(channels) for _ in range(blocks)))
+
+
+def _stages(net):
+    """[(name, nn.Sequential, stride), ...] in forward order; dec0 is the shallowest decoder."""
+    levels = len(net.encoders)
+    encoders = [(f"enc{i}", stage, 2 ** i) for i, stage in enumerate(net.encoders)]
+    decoders = [(f"dec{levels - 1 - i}", stage, 2 ** (levels - 1 - i))
+                for i, stage in enumerate(net.decoders)]
+    return encoders + [("mid", net.middle_blks, 2 ** levels)] + decoders
+
+
+def set_window(net, window):
+    """Set, in place, the attention window of every block of `net`, in input pixels (None: global)."""
+    for _, stage, stride in _stages(net):
+        for module in stage.modules():
+            if hasattr(module, "window"):
+                module.window = None if window is None else max(1, window // stride)
+
+
+def _slots(net):
+    """{site: (its stage, its position there)} in forward order."""
+    return {f"{name}.{i}": (stage, i) for name, stage, _ in _stages(net) for i in range(len(stage))}
+
+
+def site_names(net):
+    """Every block in forward order: enc0.0 .. enc3.27 mid.0 dec3.0 .. dec0.0 (dec3 the deepest)."""
+    return list(_slots(net))
+
+
+def block_at(net, site):
+    """The block at `site`; KeyError with the known names if there is none."""
+    slots = _slots(net)
+    if site not in slots:
+        raise KeyError(f"no site {site!r}; this net has {', '.join(slots)}")
+    stage, i = slots[site]
+    return stage[i]
+
+
+def site_shapes(net, frame):
+    """{site: (1, C, H, W)}: what each block sees when the net's input is `frame` = (H, W) pixels."""
+    deepest, width = 2 ** len(net.encoders), net.intro.out_channels
+    padded = [side + -side % deepest for side in frame]
+    return {f"{name}.{i}": (1, width * stride, *(side // stride for side in padded))
+            for name, stage, stride in _stages(net) for i in range(len(stage))}
+
+
+def block_io(net, x, sites):
+    """{site: (input, output)} of the blocks at `sites` in one forward pass of x (B, 3, H, W).
+
+    No gradients; the net keeps its mode; the hooks are gone afterwards, also after an error.
+    """
+    seen = {}
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for site in sites:
+            def record(module, inputs, output, site=site):
+                seen[site] = (inputs[0], output)
+            hooks.callback(block_at(net, site).register_forward_hook(record).remove)
+        net(x)
+    return seen
+
+
+# --------------------------------------------------------------------- size and cost
+
+def count_params(module):
+    """Number of parameters (17,111,907 for the default NAFNet)."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def count_macs(module, shape):
+    """Multiply-accumulates of one forward pass on an input of `shape`, by torch's own counter.
+
+    15,956,027,392 for the default NAFNet at (1, 3, 256, 256). Runs on the meta device: no arithmetic.
+    """
+    weight = next(module.parameters())
+    ghost = copy.deepcopy(module).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ghost(torch.empty(shape, device="meta", dtype=weight.dtype))
+    return counter.get_total_flops() // 2
+
+
+# ----------------------------------------------------------------- saliency (section II-A, table 1)
+
+def saliency(net, blur, sharp, loss):
+    """Six zero-cost saliency measures of every block on one minibatch -> {measure: {site: float}}.
+
+    blur, sharp (B, 3, H, W); loss(output, target) -> scalar. Abdelfattah et al. 2021, their released
+    code with split_data=1, summed over the convolution weights w of a block; g = dL/dw:
+    grad_norm sum |g|_2 per layer; snip sum |w g|; grasp -sum w (H g), H and g over all convolutions of
+    the net; plain sum w g; synflow sum |w dR/dw|, R the summed output of the float64 net with |params|
+    on ones; fisher sum over output channels of 1/2 mean_B (sum_HW a dL/da)^2, each channel once
+    (their pruning code repeats it for every weight of the channel). `net` is left untouched.
+    """
+    net = copy.deepcopy(net).requires_grad_(True)
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    w = [m.weight for m in convs]
+    g = torch.autograd.grad(loss(net(blur), sharp), w)
+    per_layer = {
+        "grad_norm": [gi.norm() for gi in g],
+        "snip": [(wi * gi).abs().sum() for wi, gi in zip(w, g)],
+        "grasp": [-(wi * hi).sum() for wi, hi in zip(w, _hessian_product(net, blur, sharp, loss, w, g))],
+        "fisher": _fisher(net, blur, sharp, loss, convs),
+        "plain": [(wi * gi).sum() for wi, gi in zip(w, g)],
+        "synflow": _synflow(net, blur.shape[1:])}
+    position = {m: i for i, m in enumerate(convs)}
+    return {measure: {site: sum(values[position[m]].item() for m in block_at(net, site).modules()
+                                if m in position) for site in site_names(net)}
+            for measure, values in per_layer.items()}
+
+
+def _hessian_product(net, blur, sharp, loss, w, g):
+    """H g for the convolution weights w, by differentiating g'(w) . g (Pearlmutter 1994)."""
+    live = torch.autograd.grad(loss(net(blur), sharp), w, create_graph=True)
+    return torch.autograd.grad(sum((gi * li).sum() for gi, li in zip(g, live)), w)
+
+
+def _fisher(net, blur, sharp, loss, convs):
+    """Fisher pruning score of each convolution (Theis et al. 2018; Turner et al. 2020)."""
+    acts = {}
+    with contextlib.ExitStack() as hooks:
+        for conv in convs:
+            def keep(module, inputs, output):
+                acts[module] = output
+            hooks.callback(conv.register_forward_hook(keep).remove)
+        value = loss(net(blur), sharp)
+    acts = [acts[conv] for conv in convs]
+    grads = torch.autograd.grad(value, acts)
+    return [0.5 * (a * d).sum((2, 3)).square().mean(0).sum() for a, d in zip(acts, grads)]
+
+
+def _synflow(net, shape):
+    """|w dR/dw| of each convolution (Tanaka et al. 2020); larger means more conserved flow."""
+    net = copy.deepcopy(net).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.abs_()
+    w = [m.weight for m in net.modules() if isinstance(m, nn.Conv2d)]
+    ones = torch.ones(1, *shape, dtype=torch.float64, device=w[0].device)
+    return [(wi * gi).abs().sum() for wi, gi in zip(w, torch.autograd.grad(net(ones).sum(), w))]
+
+
+def mean_ranks(scores):
+    """{stage: mean rank}, 1 the most salient: stages ranked by |sum over their blocks| per measure."""
+    ranks = {}
+    for by_site in scores.values():
+        total = {}
+        for site, value in by_site.items():
+            stage = site.split(".")[0]
+            total[stage] = total.get(stage, 0.0) + value
+        for rank, stage in enumerate(sorted(total, key=lambda s: -abs(total[s])), start=1):
+            ranks.setdefault(stage, []).append(rank)
+    return {stage: sum(r) / len(r) for stage, r in ranks.items()}
+
+
+def critical_stages(scores, keep=1):
+    """The `keep` stages with the best mean rank, best first; ['enc3'] on the paper's table 1.
+
+    `scores` as `saliency` returns them (a key without a dot is a stage of one block).
+    """
+    ranks = mean_ranks(scores)
+    return sorted(ranks, key=ranks.get)[:keep]
+
+
+# ------------------------------------------------- surrogates (section II-B) and their assembly
+
+def new_surrogate(net, site, option, seed):
+    """An untrained BLOCKS[option] for `site`: channels, device and dtype of the block it may replace.
+
+    Weights depend on (seed, site, option) alone; the global random state is left as it was.
+    """
+    channels = site_shapes(net, (1, 1))[site][1]
+    like = net.intro.weight
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(f"{seed} {site} {option}".encode()))
+        block = BLOCKS[option](channels)
+    return block.to(device=like.device, dtype=like.dtype, memory_format=torch.channels_last)
+
+
+def distill(net, sites, batch_at, steps, lr, seed, only=None):
+    """Train a surrogate for every site and option, each on its own (feature-wise distillation).
+
+    Minimises |s(x) - b(x)|^2 / |b(x) - x|^2 where x goes into the block b in the frozen base net: the
+    share of the block's work that s misses, 1 at the start. ONE teacher forward per batch feeds all
+    S x (K-1) students. batch_at(step) -> blurred (B, 3, H, W), or a pair whose first is that; AdamW,
+    cosine from `lr` to 0. `only`: the (site, option) pairs to train; a subset gets the same bits.
+    Returns (surrogates {site: {option: module in eval mode}}, losses {site: {option: one per step}}).
+    """
+    pairs = [(site, k) for site in sites for k in range(1, len(BLOCKS))]
+    pairs = [pair for pair in pairs if only is None or pair in set(map(tuple, only))]
+    students = {pair: new_surrogate(net, *pair, seed).train() for pair in pairs}
+    params = [p for student in students.values() for p in student.parameters()]
+    optimizer = torch.optim.AdamW(params, lr=lr) if params else None
+    losses = {pair: [] for pair in pairs}
+    for step in range(steps if pairs else 0):
+        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+        batch = batch_at(step)
+        features = block_io(net, batch if torch.is_tensor(batch) else batch[0], {s for s, _ in pairs})
+        optimizer.zero_grad()
+        for (site, option), student in students.items():
+            x, y = features[site]
+            loss = F.mse_loss(student(x), y) / F.mse_loss(y, x)
+            loss.backward()
+            losses[site, option].append(loss.item())
+        optimizer.step()
+    return _by_site({p: s.eval() for p, s in students.items()}), _by_site(losses)
+
+
+def _by_site(flat):
+    """{(site, option): v} -> {site: {option: v}}."""
+    nested = {}
+    for (site, option), value in flat.items():
+        nested.setdefault(site, {})[option] = value
+    return nested
+
+
+def assemble(net, surrogates, choice):
+    """A new NAFNet: `net` with the chosen surrogate at each site of `choice` {site: option}.
+
+    Shares its parameters with its sources (a copy of the module tree only) and copies their buffers,
+    so nothing done to its mode or statistics reaches them. surrogates as `distill` returns them.
+    """
+    def share(module):
+        return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+
+    new = share(net)
+    slots = _slots(new)
+    for site, option in choice.items():
+        if option:
+            stage, i = slots[site]
+            stage[i] = share(surrogates[site][option])
+    return new
+
+
+def deploy(module):
+    """A new module for inference: eval mode, RepConv merged, batch norms folded; equal to 1e-5.
+
+    NAF blocks have nothing to fold: the deployed base is the base.
+    """
+    module = copy.deepcopy(module).eval().requires_grad_(False)
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, RepBranches):
+                setattr(parent, name, child.merged())
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Sequential) and [type(m) for m in child] == [nn.Conv2d, nn.BatchNorm2d]:
+                setattr(parent, name, fuse_conv_bn_eval(*child))
+    return module.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def main():
+    """Print the blocks: parameters and MACs, at the channels and resolutions of the paper's net."""
+    print(f"{'option':<22}{'params, C=32':>14}{'MMACs, 32x256x256':>20}{'MMACs, 512x16x16':>20}")
+    for option, block in enumerate(BLOCKS):
+        macs = [count_macs(deploy(block(c)), (1, c, side, side)) / 1e6 for c, side in ((32, 256), (512, 16))]
+        print(f"{option} {block.__name__:<20}{count_params(deploy(block(32))):>14,}{macs[0]:>20.1f}{macs[1]:>20.1f}")
+    net = NAFNet()
+    print(f"NAFNet width 32: {len(site_names(net))} blocks, {count_params(net):,} parameters, "
+          f"{count_macs(net, (1, 3, 256, 256)) / 1e9:.2f} GMACs at 256x256")
+
+
+if __name__ == "__main__":
+    main()
