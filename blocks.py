@@ -295,6 +295,10 @@ class NAFNet(nn.Module):
         set_window(self, window)
         self.to(memory_format=torch.channels_last)
 
+    def blocks(self):
+        """{site: block} in forward order."""
+        return {site: stage[i] for site, (stage, i) in _slots(self).items()}
+
     def forward(self, image):
         """Blurred (B, 3, H, W) -> restored (B, 3, H, W), any H and W."""
         height, width = image.shape[-2:]
@@ -345,11 +349,10 @@ def site_names(net):
 
 def block_at(net, site):
     """The block at `site`; KeyError with the known names if there is none."""
-    slots = _slots(net)
-    if site not in slots:
-        raise KeyError(f"no site {site!r}; this net has {', '.join(slots)}")
-    stage, i = slots[site]
-    return stage[i]
+    blocks = net.blocks()
+    if site not in blocks:
+        raise KeyError(f"no site {site!r}; this net has {', '.join(blocks)}")
+    return blocks[site]
 
 
 def site_shapes(net, frame):

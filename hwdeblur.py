@@ -1,0 +1,1127 @@
+"""Towards Efficient Image Deblurring for Edge Deployment: data, metrics, training, stages, command line.
+
+    pairs -> saliency -> sites -> distill -> surrogates --+
+                           \\--> profile -> latency table --+--> search -> front -> knee -> finetune -> ...
+
+Images are float32 RGB in [0, 1], (B, 3, H, W) or (3, H, W); stored pairs are uint8 (3, H, W). A stage is
+a function of (config, pairs, earlier artefacts) to one artefact; only `run` and `main` touch the disk.
+"""
+import argparse
+import copy
+import dataclasses
+import functools
+import io
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+import blocks
+import profile_device
+import search
+
+
+class InputError(Exception):
+    """Something the user can put right: one line that names the thing and the remedy; exit status 2."""
+
+
+# ----------------------------------------------------------------------------- configuration
+
+def knob(default, help):
+    """A configuration entry: its demo value, and one line with unit and section of the paper."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that decides the result. Defaults are the demo preset, sized for two CPU cores."""
+    seed: int = knob(0, "seed of every random choice")
+    data: str = knob("", "folder with train and test pairs, GoPro layout; empty: made pairs")
+    made_train: int = knob(256, "made pairs for training and distillation")
+    made_test: int = knob(32, "made pairs for validation, and as many for testing")
+    made_size: int = knob(128, "side of a made image, pixels")
+    val_pairs: int = knob(32, "most pairs carved from train to score the search and pick (II-C)")
+    weights: str = knob("", "pre-trained NAFNet checkpoint (authors' format); empty: train one")
+    width: int = knob(16, "channels of the net at full resolution (paper: 32)")
+    enc: tuple = knob((1, 1, 1, 4), "blocks per encoder stage (paper: 1 1 1 28)")
+    middle: int = knob(1, "blocks in the middle stage")
+    dec: tuple = knob((1, 1, 1, 1), "blocks per decoder stage")
+    crop: int = knob(64, "side of a training crop, pixels (NAFNet: 256)")
+    batch: int = knob(8, "crops per training step (NAFNet: 64)")
+    base_steps: int = knob(2000, "steps of base training")
+    base_lr: float = knob(2e-3, "first learning rate of base training, cosine to 1e-7")
+    frame: tuple = knob((256, 256), "input of the profiled net, height and width in pixels (III-A: 512)")
+    target: str = knob("local", "latency table: local (this machine) or paper (its table 2)")
+    distill_share: float = knob(0.25, "share of the training pairs used for distillation (III-A)")
+    distill_steps: int = knob(150, "steps of distillation, all surrogates in one pass (II-B)")
+    distill_lr: float = knob(4e-3, "first learning rate of distillation, cosine to 0")
+    evaluations: int = knob(100, "configurations that the search scores (II-C)")
+    candidates: int = knob(3, "architectures of the knee region that are fine-tuned (II-D)")
+    finetune_steps: int = knob(300, "steps of fine-tuning of each candidate")
+    finetune_lr: float = knob(5e-4, "first learning rate of fine-tuning, cosine to 1e-7")
+    pick: str = knob("best", "of the fine-tuned candidates: best (PSNR) or fastest (III-A)")
+
+
+PRESETS = {
+    "demo": {},
+    "paper": dict(width=32, enc=(1, 1, 1, 28), crop=256, batch=64, base_steps=200_000, base_lr=1e-3,
+                  frame=(512, 512), distill_steps=20_000, distill_lr=1e-3, evaluations=200,
+                  finetune_steps=100_000, finetune_lr=1e-4, made_train=2000, made_size=384),
+}
+CHOICES = {"target": ("local", "paper"), "pick": ("best", "fastest")}
+
+
+def check(config):
+    """Refuse, by name, values that no stage can use."""
+    free = ("seed", "base_steps", "distill_steps", "finetune_steps")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        values = value if isinstance(value, tuple) else (value,)
+        if field.name in free and value < 0:
+            raise InputError(f"{flag(field.name)} {value} is negative: give 0 or more")
+        if field.name not in free and not isinstance(value, str) and not all(v > 0 for v in values):
+            raise InputError(f"{flag(field.name)} {value} must be positive")
+    if len(config.enc) != len(config.dec):
+        raise InputError(f"--enc has {len(config.enc)} stages, --dec {len(config.dec)}: give as many of each")
+    if not config.data and config.crop > config.made_size:
+        raise InputError(f"--crop {config.crop} is larger than --made-size {config.made_size}")
+    if config.distill_share > 1:
+        raise InputError(f"--distill-share {config.distill_share} must be at most 1")
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+# --------------------------------------------------- made pairs: dead leaves and camera shake
+
+def power_noise(size, rng):
+    """(size, size) float32 noise with a power-law spectrum, unit variance: the texture of a leaf."""
+    f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
+    f[0, 0] = np.inf
+    spectrum = np.fft.rfft2(rng.standard_normal((size, size))) / f ** rng.uniform(0.8, 1.6)
+    noise = np.fft.irfft2(spectrum, (size, size))
+    return (noise / noise.std()).astype(np.float32)
+
+
+def leaf_mask(radius, rng):
+    """A random disc, bar, rectangle or polygon that fits a circle of `radius` pixels (PIL, 8-bit)."""
+    mask = Image.new("L", (2 * radius + 1, 2 * radius + 1))
+    draw = ImageDraw.Draw(mask)
+    kind = rng.integers(4)
+    if kind == 0:
+        draw.ellipse((0, 0, 2 * radius, 2 * radius), fill=255)
+        return mask
+    if kind == 1:
+        corners = rng.integers(3, 9)
+        angles, reach = np.sort(rng.uniform(0, 2 * np.pi, corners)), rng.uniform(0.5, 1, corners) * radius
+    else:
+        half = math.atan(rng.uniform(0.03, 1.0))                       # from a thin bar to a square
+        angles = rng.uniform(0, np.pi) + np.array([half, np.pi - half, np.pi + half, -half])
+        reach = np.full(4, radius)
+    draw.polygon([(radius + r * math.cos(a), radius + r * math.sin(a)) for a, r in zip(angles, reach)],
+                 fill=255)
+    return mask
+
+
+def leaf_fill(height, width, palette, textures, contrast, rng):
+    """A patch (height, width, 3) uint8: one colour, a linear ramp of light, a crop of a texture."""
+    colour = np.clip(palette[rng.integers(len(palette))] + rng.normal(0, 0.06, 3), 0, 1)
+    texture = textures[rng.integers(len(textures))]
+    top, left = rng.integers(0, texture.shape[0] - height + 1), rng.integers(0, texture.shape[1] - width + 1)
+    texture = texture[top:top + height, left:left + width] * rng.exponential(contrast)
+    slope = rng.normal(0, 0.25, 2) / textures[0].shape[0]
+    ramp = np.add.outer(slope[0] * np.arange(height), slope[1] * np.arange(width))
+    shade = np.clip(colour * (1 + ramp + texture)[..., None], 0, 1)
+    return Image.fromarray((shade * 255 + 0.5).astype(np.uint8))
+
+
+def dead_leaves(size, rng):
+    """A scene (size, size, 3) uint8 of shapes that hide one another (Lee, Mumford & Huang 2001).
+
+    Radii follow a power law, as in photographs; such images train restoration nets almost as well
+    (Achddou et al. 2021). A palette per image; the count decides between open sky and clutter.
+    """
+    shades = rng.integers(4, 10)
+    palette = np.clip(rng.beta(0.9, 1.2, (shades, 1)) + rng.normal(0, 0.1, (1, 3))
+                      + rng.normal(0, rng.uniform(0.02, 0.25), (shades, 3)), 0.01, 1)
+    textures = [power_noise(size, rng) for _ in range(3)]
+    canvas = leaf_fill(size, size, palette, textures, 0.02, rng)
+    count = int(10 ** rng.uniform(2.4, 3.2) * (size / 320) ** 2)
+    alpha, smallest, largest = rng.uniform(1, 2), 3.0, size / 3
+    radii = (smallest ** -alpha + rng.random(count) * (largest ** -alpha - smallest ** -alpha)) ** (-1 / alpha)
+    for radius in radii.astype(int):
+        mask = leaf_mask(int(radius), rng)
+        contrast = 0.15 if radius > 5 else 0.0
+        patch = leaf_fill(mask.height, mask.width, palette, textures, contrast, rng)
+        canvas.paste(patch, tuple(int(v) for v in rng.integers(-radius, size, 2)), mask)
+    return np.array(canvas)
+
+
+def camera_path(frames, rng):
+    """(frames, 4) of x, y (pixels), rotation (rad), zoom around their mean: a shaking hand.
+
+    A random walk of the velocity with inertia and rare jerks, after Boracchi & Foi 2012.
+    """
+    inertia, velocity, path = rng.uniform(0.7, 0.98), rng.standard_normal(4), []
+    for _ in range(frames):
+        velocity = inertia * velocity + math.sqrt(1 - inertia ** 2) * rng.standard_normal(4)
+        if rng.random() < 0.03:
+            velocity = rng.standard_normal(4) - velocity
+        path.append(velocity)
+    path = np.cumsum(path, 0)
+    path -= path.mean(0)
+    length = np.linalg.norm(np.ptp(path[:, :2], axis=0))
+    path[:, :2] *= rng.uniform(3, 12) / length
+    return path * np.array([1, 1, *(rng.uniform(0, (math.radians(1.5), 0.015)) / np.abs(path[:, 2:]).max(0))])
+
+
+def made_pair(size, rng, frames=24, margin=16):
+    """A (sharp, blur) pair, uint8 (3, size, size): frames of a scene averaged in linear light.
+
+    As GoPro's own pairs were made, gamma 2.2. Rendered at twice the size, through a lens that is
+    slightly soft as real ones are, and averaged down.
+    """
+    scene = torch.from_numpy(dead_leaves(2 * (size + 2 * margin), rng)).permute(2, 0, 1)
+    linear = soft_lens((scene / 255) ** 2.2, 2 * rng.uniform(0.2, 0.6))[None]
+    side = linear.shape[-1]
+    x, y, turn, zoom = camera_path(frames, rng).T
+    c, s = (1 + zoom) * np.cos(turn), (1 + zoom) * np.sin(turn)
+    theta = np.stack([c, -s, 4 * x / side, s, c, 4 * y / side], 1).reshape(frames, 2, 3)
+    grid = F.affine_grid(torch.from_numpy(theta).float(), (frames, 3, side, side), align_corners=False)
+    inside = slice(2 * margin, -2 * margin)
+    blur = sum(F.grid_sample(linear, g[None], padding_mode="reflection", align_corners=False)
+               for g in grid[:, inside, inside]) / frames
+    return to_eight_bits(linear[..., inside, inside]), to_eight_bits(blur)
+
+
+def soft_lens(image, sigma):
+    """Gaussian blur of (3, H, W) with `sigma` in pixels."""
+    t = torch.arange(-6.0, 7.0)
+    kernel = torch.exp(-t ** 2 / (2 * sigma ** 2))
+    kernel = (kernel / kernel.sum()).repeat(3, 1, 1)
+    image = F.pad(image[None], (6, 6, 6, 6), mode="reflect")
+    return F.conv2d(F.conv2d(image, kernel[:, :, :, None], groups=3), kernel[:, :, None], groups=3)[0]
+
+
+def to_eight_bits(linear):
+    """Linear light (1, 3, 2H, 2W) -> gamma-encoded uint8 (3, H, W), each pixel the mean of four."""
+    return (F.avg_pool2d(linear, 2).clamp(0, 1) ** (1 / 2.2) * 255 + 0.5).to(torch.uint8)[0]
+
+
+# --------------------------------------------------------------------------- pairs on disk
+
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+FOLDERS = (("blur", "sharp"), ("blur", "gt"), ("input", "target"), ("inputC", "target"), ("source", "target"))
+
+
+def list_pairs(path, split):
+    """[(sharp path, blur path), ...] below path/split, sorted; pairs match by name.
+
+    Sibling folders known by name (FOLDERS), wherever they stand; or `path` a text file of
+    `sharp blur` paths relative to its folder. Raises InputError naming what is missing.
+    """
+    if Path(path).is_file():
+        pairs = [tuple(Path(path).parent / name for name in line.split())
+                 for line in Path(path).read_text().splitlines() if line.strip()]
+        wrong = [pair for pair in pairs if len(pair) != 2]
+        if wrong:
+            raise InputError(f"{path}: every line must be two paths, sharp and blurred; one has {len(wrong[0])}")
+        return pairs
+    root = Path(path) / split
+    if not root.is_dir():
+        raise InputError(f"no folder {root}: --data wants {split} pairs there, say {root}/SCENE/blur and /sharp")
+    pairs = []
+    for folder, inner, _ in os.walk(root):
+        for blur, sharp in FOLDERS:
+            if blur in inner and sharp in inner:
+                pairs += match_names(Path(folder) / sharp, Path(folder) / blur)
+    if not pairs:
+        raise InputError(f"no pairs below {root}: it needs sibling folders such as blur and sharp")
+    return sorted(pairs)
+
+
+def match_names(sharp, blur):
+    """Pairs of two folders by file name without extension (and without RealBlur's folder prefix)."""
+    def by_name(folder):
+        return {f.stem.removeprefix(folder.name + "_"): f for f in folder.iterdir()
+                if f.suffix.lower() in IMAGES and not f.name.startswith(".")}
+    s, b = by_name(sharp), by_name(blur)
+    for name in sorted(s.keys() ^ b.keys()):
+        raise InputError(f"{s.get(name) or b.get(name)} has no partner in {blur if name in s else sharp}: "
+                         "add it, or remove this file")
+    return [(s[name], b[name]) for name in s]
+
+
+def load_image(path):
+    """Any image file -> RGB uint8 (3, H, W)."""
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read image {path} ({first_line(error)}): replace or remove it") from None
+
+
+def to_rgb(image):
+    """A PIL image, upright (EXIF), RGB at 8 bits; 16-bit grey is scaled, not clipped."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.clip(np.asarray(image, dtype=float), 0, 65535) / 257 + 0.5).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def load_pair(pair):
+    """A pair of tensors as it is, or a pair of paths read from disk -> (sharp, blur) of equal size."""
+    if torch.is_tensor(pair[0]):
+        return pair
+    sharp, blur = map(load_image, pair)
+    if sharp.shape != blur.shape:
+        raise InputError(f"{pair[1]} is {size_of(blur)} but {pair[0]} is {size_of(sharp)}: pairs must be of one size")
+    return sharp, blur
+
+
+def size_of(image):
+    return f"{image.shape[-1]}x{image.shape[-2]}"
+
+
+def split_pairs(config, split):
+    """The pairs of 'train', 'val' or 'test'. Validation is carved from train; test is never train."""
+    if not config.data:
+        stream = ("train", "val", "test").index(split)
+        count = config.made_train if split == "train" else config.made_test
+        tick = progress(f"making {split} pairs", count)
+        return [tick(i + 1) or made_pair(config.made_size, np.random.default_rng([config.seed, stream, i]))
+                for i in range(count)]
+    if split == "test":
+        return list_pairs(config.data, "test")
+    pairs = list_pairs(config.data, "train")
+    if len(pairs) < 2:
+        raise InputError(f"{config.data}: {len(pairs)} training pair; at least 2, as one is kept for validation")
+    order = np.random.default_rng([config.seed, 3]).permutation(len(pairs))
+    held = min(config.val_pairs, max(1, len(pairs) // 8))
+    return [pairs[i] for i in (order[:held] if split == "val" else order[held:])]
+
+
+def crops(pairs, seed, crop, batch, device="cpu"):
+    """A function step -> (blur, sharp), each (batch, 3, crop, crop): random places, flips and turns.
+
+    A pure function of (seed, step), so that a loop resumed at any step continues bit for bit.
+    """
+    read = functools.lru_cache(64)(lambda i: load_pair(pairs[i]))        # a bounded cache of decoded images
+
+    def batch_at(step):
+        rng = np.random.default_rng([seed, step])
+        taken = [crop_pair(read(int(i)), crop, rng, pairs[int(i)]) for i in rng.integers(0, len(pairs), batch)]
+        return [as_batch(images, device) for images in zip(*taken)]
+
+    return batch_at
+
+
+def crop_pair(pair, crop, rng, name=""):
+    """(sharp, blur) of any size -> (blur, sharp) uint8 (3, crop, crop), moved and turned together."""
+    height, width = pair[0].shape[-2:]
+    if min(height, width) < crop:
+        raise InputError(f"{name[0]} is {size_of(pair[0])}, smaller than the crop: give --crop {min(height, width)} or less")
+    top, left = rng.integers(0, height - crop + 1), rng.integers(0, width - crop + 1)
+    turns, flip = int(rng.integers(4)), rng.integers(2)
+    window = [torch.rot90(image[:, top:top + crop, left:left + crop], turns, (1, 2)) for image in pair[::-1]]
+    return [image.flip(2) if flip else image for image in window]
+
+
+def as_batch(images, device="cpu"):
+    """uint8 (3, H, W) images -> one float32 (B, 3, H, W) in [0, 1], channels_last."""
+    batch = torch.stack(list(images)).to(device).float() / 255
+    return batch.contiguous(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------- metrics
+
+def psnr(x, y):
+    """Peak signal-to-noise ratio in dB, peak 1.0: per image (B, 3, H, W), then averaged -> scalar."""
+    return (-10 * (x - y).square().mean((-3, -2, -1)).log10()).mean()
+
+
+def psnr_loss(x, y):
+    """What training minimises: minus the PSNR, kept finite where x = y (Chen et al. 2022)."""
+    return (10 * ((x - y).square().mean((-3, -2, -1)) + 1e-8).log10()).mean()
+
+
+def ssim(x, y):
+    """Structural similarity (Wang et al. 2004) of (B, 3, H, W) or (3, H, W), averaged -> scalar.
+
+    11x11 Gaussian window, sigma 1.5, valid region, per channel, population covariance, peak 1.0; float64.
+    """
+    if min(x.shape[-2:]) < 11:
+        raise ValueError(f"ssim: an image of {size_of(x)} is smaller than the 11x11 window")
+    t = torch.arange(11, dtype=torch.float64, device=x.device) - 5
+    kernel = torch.exp(-t ** 2 / (2 * 1.5 ** 2))
+    kernel = kernel / kernel.sum()
+
+    def smooth(z):                                                     # (N, 1, H, W) -> (N, 1, H-10, W-10)
+        return F.conv2d(F.conv2d(z, kernel.view(1, 1, 1, 11)), kernel.view(1, 1, 11, 1))
+
+    x, y = (z.double().reshape(-1, 1, *z.shape[-2:]) for z in (x, y))
+    mx, my = smooth(x), smooth(y)
+    vx, vy, cov = smooth(x * x) - mx * mx, smooth(y * y) - my * my, smooth(x * y) - mx * my
+    score = (2 * mx * my + 0.01 ** 2) * (2 * cov + 0.03 ** 2)
+    return (score / ((mx * mx + my * my + 0.01 ** 2) * (vx + vy + 0.03 ** 2))).mean()
+
+
+def quantize(x):
+    """Clamp to [0, 1] and round to 8 bits, as published scores are."""
+    return (x.clamp(0, 1) * 255).round() / 255
+
+
+def restore(net, blur, device="cpu"):
+    """One uint8 (3, H, W) through the net -> quantized float (1, 3, H, W)."""
+    with torch.inference_mode():
+        return quantize(net(as_batch([blur], device)))
+
+
+def evaluate(net, pairs, device="cpu", with_ssim=True):
+    """Mean PSNR (dB) and SSIM over whole images of any size; net None scores the blurred input itself."""
+    rows = []
+    for pair in pairs:
+        sharp, blur = load_pair(pair)
+        output = as_batch([blur], device) if net is None else restore(net, blur, device)
+        target = as_batch([sharp], device)
+        rows.append((psnr(output, target).item(), ssim(output, target).item() if with_ssim else math.nan))
+    return {"psnr_db": statistics.fmean(r[0] for r in rows), "ssim": statistics.fmean(r[1] for r in rows)}
+
+
+# ------------------------------------------------------------------------------ training
+
+def train(net, batch_at, steps, lr, label="training"):
+    """A trained copy of `net`: AdamW (.9, .9), decay 1e-3, cosine from lr to 1e-7, PSNR loss.
+
+    NAFNet's recipe. In eval mode throughout: NAF blocks do not mind, and batch norms keep the
+    statistics of distillation, which whole images share and small crops do not.
+    """
+    net = copy.deepcopy(net).eval().requires_grad_(True)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.9), weight_decay=1e-3)
+    tick = progress(label, steps)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-7 + (lr - 1e-7) * (1 + math.cos(math.pi * step / steps)) / 2
+        blur, sharp = batch_at(step)
+        loss = psnr_loss(net(blur), sharp)
+        if not math.isfinite(loss.item()):
+            raise InputError(f"{label}: the loss of step {step} is {loss.item()}: lower the learning rate; "
+                             "what was saved before stays as it was")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        tick(step + 1, f"{-loss.item():.2f} dB")
+    return net.requires_grad_(False)
+
+
+# ------------------------------------------------------------------ nets in and out of artefacts
+
+def new_net(arch, seed):
+    """An untrained NAFNet; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return blocks.NAFNet(arch["width"], tuple(arch["enc"]), arch["middle"], tuple(arch["dec"])).eval()
+
+
+def arch_of(params):
+    """The architecture of an authors' state dict, read off its keys and shapes."""
+    def count(prefix):
+        return 1 + max((int(k[len(prefix):].split(".")[0]) for k in params if k.startswith(prefix)), default=-1)
+    levels = count("encoders.")
+    return {"width": params["intro.weight"].shape[0], "middle": count("middle_blks."),
+            "enc": [count(f"encoders.{i}.") for i in range(levels)],
+            "dec": [count(f"decoders.{i}.") for i in range(count("decoders."))]}
+
+
+def load_weights(path):
+    """A checkpoint in the authors' format ({'params': state dict} or the dict itself) -> NAFNet."""
+    params = load_torch(path, "give a NAFNet state dict")
+    params = params.get("params", params) if isinstance(params, dict) else params
+    tensors = isinstance(params, dict) and all(torch.is_tensor(v) for v in params.values())
+    if not tensors or "intro.weight" not in params:
+        raise InputError(f"{path} holds no NAFNet state dict: it needs tensors such as intro.weight")
+    try:
+        net = new_net(arch_of(params), 0)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: its keys describe no NAFNet ({first_line(error)})") from None
+    return with_params(net, params, path)
+
+
+def with_params(net, params, path):
+    """`net` with its parameters loaded, in place; InputError naming the first keys that do not fit."""
+    own = net.state_dict()
+    wrong = [k for k in sorted(own.keys() | params.keys())
+             if k not in own or k not in params or own[k].shape != params[k].shape]
+    if wrong:
+        raise InputError(f"{path}: {len(wrong)} weights are missing, unknown or of another shape, "
+                         f"first {', '.join(wrong[:3])}: give weights of this architecture")
+    net.load_state_dict(params)
+    return net.eval()
+
+
+def base_net(art, device="cpu"):
+    """The base net of artefact `base`."""
+    return with_params(new_net(art["base"]["arch"], 0), art["base"]["params"], "base.pt").to(device)
+
+
+def restored_surrogates(art, net, seed):
+    """{site: {option: module}} of artefact `distill`."""
+    return {site: {option: with_params(blocks.new_surrogate(net, site, option, seed), params, "surrogates.pt")
+                   for option, params in options.items()} for site, options in art["distill"]["params"].items()}
+
+
+def chosen_net(art, device="cpu"):
+    """The net of artefact `finetune`."""
+    tuned = art["finetune"]
+    net = new_net(tuned["arch"], 0)
+    surrogates = {site: {option: blocks.new_surrogate(net, site, option, 0)}
+                  for site, option in tuned["choice"].items() if option}
+    net = copy.deepcopy(blocks.assemble(net, surrogates, tuned["choice"]))
+    return with_params(net, tuned["params"], "finetuned.pt").to(device)
+
+
+def choice_of(sites, options):
+    return dict(zip(sites, map(int, options)))
+
+
+# -------------------------------------------------------------------------------- the stages
+
+def stage_base(config, pairs, art, device):
+    """Section II: the base net, trained here or read from --weights."""
+    if config.weights:
+        net = load_weights(config.weights).to(device)
+    else:
+        net = new_net(dataclasses.asdict(config), config.seed).to(device)
+        batch_at = crops(pairs("train"), config.seed, config.crop, config.batch, device)
+        net = train(net, batch_at, config.base_steps, config.base_lr, "base")
+    score = evaluate(net, pairs("val"), device)
+    if not math.isfinite(score["psnr_db"]):
+        raise InputError(f"base: the PSNR on validation is {score['psnr_db']}: lower --base-lr or check --weights")
+    params = {k: v.cpu() for k, v in net.state_dict().items()}
+    return {"params": params, "arch": arch_of(params), "val": score}
+
+
+def stage_saliency(config, pairs, art, device):
+    """Section II-A, table 1: six measures on one minibatch, and the stage that stays."""
+    net = base_net(art, device)
+    blur, sharp = crops(pairs("train"), config.seed + 1, config.crop, config.batch, device)(0)
+    scores = blocks.saliency(net, blur, sharp, psnr_loss)
+    kept = blocks.critical_stages(scores)
+    return {"scores": scores, "mean_ranks": blocks.mean_ranks(scores), "critical": kept,
+            "sites": [site for site in blocks.site_names(net) if site.split(".")[0] not in kept]}
+
+
+def stage_profile(config, pairs, art, device):
+    """Section II-A, table 2: the latency of every option at every site."""
+    net, sites = base_net(art), art["saliency"]["sites"]
+    surrogates = {site: {k: blocks.new_surrogate(net, site, k, config.seed) for k in range(1, len(blocks.BLOCKS))}
+                  for site in sites}
+    try:
+        return profile_device.latency_table(net, surrogates, sites, config.frame, config.target,
+                                            blocks.deploy, device)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def stage_distill(config, pairs, art, device):
+    """Section II-B: every surrogate imitates its block, each on its own."""
+    train_pairs = pairs("train")
+    share = train_pairs[:max(1, round(config.distill_share * len(train_pairs)))]
+    batch_at, tick = crops(share, config.seed + 2, config.crop, config.batch, device), progress("distill", config.distill_steps)
+    surrogates, losses = blocks.distill(base_net(art, device), art["saliency"]["sites"],
+                                        lambda step: tick(step + 1) or batch_at(step),
+                                        config.distill_steps, config.distill_lr, config.seed)
+    last = {site: {k: statistics.fmean(v[-10:]) if v else None for k, v in row.items()} for site, row in losses.items()}
+    params = {site: {k: {name: p.cpu() for name, p in s.state_dict().items()} for k, s in row.items()}
+              for site, row in surrogates.items()}
+    return {"params": params, "losses": last}
+
+
+def penalties(table, sites):
+    """One array per site: its options' ms over the base blocks' total, so that the base has penalty 1.
+
+    That is the order of magnitude of the loss in dB (II-C); no result depends on the factor.
+    """
+    total = sum(table["sites"][site][0] for site in sites)
+    return [np.array(table["sites"][site]) / total for site in sites]
+
+
+def stage_search(config, pairs, art, device):
+    """Section II-C: Bayesian search over all configurations, scored by plug-and-play forward passes."""
+    net, sites, table = base_net(art, device), art["saliency"]["sites"], art["profile"]
+    surrogates = restored_surrogates(art, net, config.seed)
+    val = [load_pair(p) for p in pairs("val")]
+    base_db = evaluate(net, val, device, with_ssim=False)["psnr_db"]
+    tick, scored = progress("search", config.evaluations), []
+
+    def score(options):
+        candidate = blocks.assemble(net, surrogates, choice_of(sites, options)).eval()
+        scored.append(base_db - evaluate(candidate, val, device, with_ssim=False)["psnr_db"])
+        tick(len(scored), f"{scored[-1]:+.2f} dB")
+        return scored[-1]
+
+    found = search.search(score, penalties(table, sites), config.evaluations, np.random.default_rng(config.seed))
+    Y = np.array([(e.loss_db, e.penalty) for e in found])
+    front = np.flatnonzero(search.pareto_mask(Y))
+    order = front[np.argsort(Y[front, 1])]
+    knee = [int(order[i]) for i in search.knee(Y[order], config.candidates)]
+    rows = [{"options": list(map(int, e.options)), "loss_db": e.loss_db, "penalty": e.penalty,
+             "latency_ms": profile_device.network_ms(table, choice_of(sites, e.options))} for e in found]
+    return {"sites": sites, "evaluations": rows, "front": order.tolist(), "knee": knee, "base_val_db": base_db}
+
+
+def stage_finetune(config, pairs, art, device):
+    """Section II-D: the candidates of the knee region, trained end to end on all pairs; one is picked."""
+    net, sites, found = base_net(art, device), art["search"]["sites"], art["search"]
+    surrogates = restored_surrogates(art, net, config.seed)
+    batch_at = crops(pairs("train"), config.seed + 4, config.crop, config.batch, device)
+    tuned, rows = [], []
+    for n, i in enumerate(found["knee"]):
+        row = found["evaluations"][i]
+        start = blocks.assemble(net, surrogates, choice_of(sites, row["options"]))
+        tuned.append(train(start, batch_at, config.finetune_steps, config.finetune_lr,
+                           f"finetune {n + 1} of {len(found['knee'])}"))
+        after = evaluate(tuned[-1], pairs("val"), device)["psnr_db"]
+        rows.append({**row, "val_before_db": found["base_val_db"] - row["loss_db"], "val_after_db": after})
+    best = max(range(len(rows)), key=lambda n: rows[n]["val_after_db"] if config.pick == "best" else -rows[n]["latency_ms"])
+    return {"params": {k: v.cpu() for k, v in tuned[best].state_dict().items()}, "arch": art["base"]["arch"],
+            "choice": choice_of(sites, rows[best]["options"]), "candidates": rows, "picked": best}
+
+
+def stage_evaluate(config, pairs, art, device):
+    """Section III: blurred input, base and chosen net on the test pairs; sizes; whole-net latency."""
+    nets = {"base": base_net(art, device), "chosen": chosen_net(art, device)}
+    shape, table = (1, 3, *config.frame), art["profile"]
+    deployed = {name: blocks.deploy(net) for name, net in nets.items()}
+    measured = {name: None for name in nets}
+    if config.target == "local":
+        times = profile_device.time_together({n: (d, shape) for n, d in deployed.items()}, device, rounds=40)
+        measured = {name: statistics.median(ms) for name, ms in times.items()}
+    choices = {"base": {}, "chosen": art["finetune"]["choice"]}
+    rows = {name: {**evaluate(net, pairs("test"), device), "params": blocks.count_params(deployed[name]),
+                   "mb": sum(p.numel() * p.element_size() for p in deployed[name].parameters()) / 1e6,
+                   "gmacs": blocks.count_macs(deployed[name], shape) / 1e9, "latency_ms": measured[name],
+                   "predicted_ms": profile_device.network_ms(table, choices[name])} for name, net in nets.items()}
+    return {"test_pairs": len(pairs("test")), "blurred": evaluate(None, pairs("test"), device), **rows}
+
+
+# -------------------------------------------------------------------------------- the report
+
+def gain_table(metrics):
+    """The answer to 'what did I gain', as a Markdown table."""
+    head = ["", "params", "MB", "GMACs", "measured ms", "predicted ms", "PSNR dB", "SSIM"]
+    rows = [["blurred input", "", "", "", "", "", f"{metrics['blurred']['psnr_db']:.2f}", f"{metrics['blurred']['ssim']:.4f}"]]
+    for name in ("base", "chosen"):
+        m = metrics[name]
+        rows.append([name, f"{m['params']:,}", f"{m['mb']:.2f}", f"{m['gmacs']:.2f}",
+                     "not measured" if m["latency_ms"] is None else f"{m['latency_ms']:.1f}",
+                     f"{m['predicted_ms']:.1f}", f"{m['psnr_db']:.2f}", f"{m['ssim']:.4f}"])
+    return markdown(head, rows)
+
+
+def markdown(head, rows):
+    """Rows of strings as an aligned Markdown table."""
+    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
+    lines = ["| " + " | ".join(str(cell).ljust(w) for cell, w in zip(row, widths)) + " |" for row in [head, *rows]]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def gain_words(metrics):
+    """Speed and quality of the chosen net in one line."""
+    base, chosen = metrics["base"], metrics["chosen"]
+    key = "predicted_ms" if base["latency_ms"] is None else "latency_ms"
+    how = "predicted from the table" if base["latency_ms"] is None else "measured, interleaved"
+    return (f"The chosen net runs {base[key] / chosen[key]:.2f}x as fast as the base ({how}) "
+            f"at {chosen['psnr_db'] - base['psnr_db']:+.2f} dB; the base gains "
+            f"{base['psnr_db'] - metrics['blurred']['psnr_db']:+.2f} dB over the blurred input.")
+
+
+def report_text(config, art):
+    """report.md: this run's tables beside the paper's rows."""
+    table, found, metrics, tuned = art["profile"], art["search"], art["evaluate"], art["finetune"]
+    scores, ranks, kept = art["saliency"]["scores"], art["saliency"]["mean_ranks"], art["saliency"]["critical"]
+    stage = {m: {s: sum(v for site, v in row.items() if site.split(".")[0] == s) for s in ranks} for m, row in scores.items()}
+    names = [block.__name__ for block in blocks.BLOCKS]
+    chosen = [[site, f"{o} {names[o]}", f"{table['sites'][site][0]:.2f}", f"{table['sites'][site][o]:.2f}"]
+              for site, o in tuned["choice"].items()]
+    agree = [["base", *predicted_error(metrics["base"])], ["chosen", *predicted_error(metrics["chosen"])]]
+    measured = ", ".join(f"{k} {table[k]}" for k in ("device", "runtime", "precision", "threads", "date") if k in table)
+    parts = [
+        "# What did I gain", gain_table(metrics), gain_words(metrics),
+        f"{metrics['test_pairs']} test pairs ({config.data or 'made'}), whole RGB images, outputs clamped and rounded to "
+        f"8 bits; frame {config.frame[0]}x{config.frame[1]}. Test images took no part in training, search or selection.",
+        "## Table 1: saliency per stage", markdown(
+            ["stage", *stage, "mean rank"],
+            [[s + (" (kept)" if s in kept else ""), *(f"{stage[m][s]:.3g}" for m in stage), f"{ranks[s]:.2f}"] for s in ranks]),
+        "Published: Enc3 is kept, with the best mean rank.",
+        "## Table 2: latency of each option, ms", markdown(
+            ["site", *(f"{i} {n}" for i, n in enumerate(names))],
+            [[site, *(f"{ms:.2f}" for ms in row)] for site, row in table["sites"].items()]
+            + [["published", *(f"{ms:.0f}" for ms in profile_device.PAPER_BLOCK_MS)]]),
+        f"Latency from: {measured}.",
+        "## Front and candidates",
+        f"{len(found['evaluations'])} configurations scored, {len(found['front'])} on the front. Candidates lie furthest "
+        f"below the chord of the front; picked: {config.pick}.",
+        markdown(["candidate", "options", "loss before, dB", "val PSNR before", "after", "predicted ms"],
+                 [[f"{n + 1}" + (" (chosen)" if n == tuned["picked"] else ""), " ".join(map(str, c["options"])),
+                   f"{c['loss_db']:.2f}", f"{c['val_before_db']:.2f}", f"{c['val_after_db']:.2f}", f"{c['latency_ms']:.1f}"]
+                  for n, c in enumerate(tuned["candidates"])]),
+        "![front](pareto.png)",
+        "## Table 3: base and chosen, beside the published rows", markdown(
+            ["", "params, M", "MB", "ms", "PSNR dB", "SSIM"],
+            [[n, f"{metrics[n]['params'] / 1e6:.3f}", f"{metrics[n]['mb']:.2f}",
+              "not measured" if metrics[n]["latency_ms"] is None else f"{metrics[n]['latency_ms']:.1f}",
+              f"{metrics[n]['psnr_db']:.2f}", f"{metrics[n]['ssim']:.4f}"] for n in ("base", "chosen")]
+            + [["NAFNet, published (GoPro, S24 Ultra)", "17.112", "107", "177", "35.80", "0.980"],
+               ["Ours, published (GoPro, S24 Ultra)", "17.110", "106", "147", "33.76", "0.942"]]),
+        "## The chosen net, site by site", markdown(["site", "option", "base ms", "ms"], chosen),
+        "## Predicted against measured latency", markdown(["net", "predicted ms", "measured ms", "error"], agree),
+        "![samples](samples.png)",
+        f"Seed {config.seed}; torch {torch.__version__}, numpy {np.__version__}, python {platform.python_version()}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def predicted_error(row):
+    """Cells: predicted, measured, relative error."""
+    if row["latency_ms"] is None:
+        return f"{row['predicted_ms']:.1f}", "not measured", ""
+    return f"{row['predicted_ms']:.1f}", f"{row['latency_ms']:.1f}", f"{row['predicted_ms'] / row['latency_ms'] - 1:+.1%}"
+
+
+# Okabe & Ito's colours, apart for every kind of colour vision; shapes differ as well, for print.
+INK, GREY, BLUE, ORANGE, GREEN = "#222222", "#b0b0b0", "#0072b2", "#d55e00", "#009e73"
+
+
+def marker(draw, kind, x, y, r, colour):
+    """A dot, square, ring or diamond of radius r."""
+    if kind == "diamond":
+        draw.polygon([(x, y - 1.4 * r), (x + 1.4 * r, y), (x, y + 1.4 * r), (x - 1.4 * r, y)], fill=colour, outline="white")
+    elif kind == "square":
+        draw.rectangle((x - r, y - r, x + r, y + r), fill=colour, outline="white")
+    elif kind == "ring":
+        draw.ellipse((x - r, y - r, x + r, y + r), outline=colour, width=max(2, r // 3))
+    else:
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+
+
+def ticks(low, high, most=6):
+    """Round numbers in [low, high], at most about `most`."""
+    raw = (high - low) / most
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
+
+
+def pareto_picture(found, tuned):
+    """The search as a PIL image: PSNR loss over predicted latency, front, base, candidates, chosen."""
+    rows, scale = found["evaluations"], 2
+    front = [rows[i] for i in found["front"]]
+    xs = [r["latency_ms"] for r in rows]
+    top = max(1.5 * max(r["loss_db"] for r in front), 0.1)
+    bottom = min(0.0, min(r["loss_db"] for r in front)) - 0.06 * top
+    left, right = min(xs) - 0.04 * (np.ptp(xs) or 1), max(xs) + 0.04 * (np.ptp(xs) or 1)
+    w, h = 900 * scale, 600 * scale
+    box = (90 * scale, 50 * scale, w - 30 * scale, h - 80 * scale)
+    image = Image.new("RGB", (w, h), "white")
+    draw, font, small = ImageDraw.Draw(image), ImageFont.load_default(18 * scale), ImageFont.load_default(15 * scale)
+
+    def at(row):
+        x = box[0] + (row["latency_ms"] - left) / (right - left) * (box[2] - box[0])
+        return x, box[3] - (min(row["loss_db"], top) - bottom) / (top - bottom) * (box[3] - box[1])
+
+    for value in ticks(left, right):
+        x = at({"latency_ms": value, "loss_db": 0})[0]
+        draw.line((x, box[1], x, box[3]), fill="#eeeeee", width=scale)
+        draw.text((x, box[3] + 8 * scale), f"{value:g}", INK, small, anchor="ma")
+    for value in ticks(bottom, top):
+        y = at({"latency_ms": left, "loss_db": value})[1]
+        draw.line((box[0], y, box[2], y), fill="#eeeeee", width=scale)
+        draw.text((box[0] - 8 * scale, y), f"{value:.3g}", INK, small, anchor="rm")
+    draw.rectangle(box, outline=INK, width=scale)
+    r = 5 * scale
+    for row in rows:
+        if row["loss_db"] <= top:
+            marker(draw, "dot", *at(row), r * 0.7, GREY)
+    draw.line([at(row) for row in front], fill=BLUE, width=2 * scale)
+    groups = [("dot", BLUE, "Pareto front", front, r), ("ring", GREEN, "knee candidates", tuned["candidates"], 2 * r),
+              ("square", INK, "base net", rows[:1], 1.4 * r),
+              ("diamond", ORANGE, "chosen (before fine-tuning)", [tuned["candidates"][tuned["picked"]]], 1.5 * r)]
+    for kind, colour, _, members, size in groups:
+        for row in members:
+            marker(draw, kind, *at(row), int(size), colour)
+    hidden = sum(row["loss_db"] > top for row in rows)
+    legend = [("dot", GREY, f"scored ({len(rows)}, of which {hidden} above the plot)", [], r)] + groups
+    for i, (kind, colour, label, _, size) in enumerate(legend):
+        y = box[1] + (22 + 26 * i) * scale
+        marker(draw, kind, box[2] - 330 * scale, y, int(size), colour)
+        draw.text((box[2] - 308 * scale, y), label, INK, small, anchor="lm")
+    draw.text(((box[0] + box[2]) / 2, h - 28 * scale), "predicted latency of the whole net, ms", INK, font, anchor="mm")
+    draw.text((box[0], 26 * scale), "PSNR loss against the base net on validation, dB (lower left is better)", INK, font, anchor="lm")
+    return image.resize((w // scale, h // scale), Image.LANCZOS)
+
+
+def samples_picture(pairs, base, chosen, device, count=4, crop=96, zoom=3):
+    """Blurred, base, chosen and sharp crops side by side, where the blur costs most; PSNR below each."""
+    titles, gap, side = ("blurred", "base net", "chosen net", "sharp"), 12, crop * zoom
+    picks = [load_pair(pairs[i]) for i in np.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().astype(int)]
+    canvas = Image.new("RGB", (gap + 4 * (side + gap), 40 + len(picks) * (side + 40)), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(18)
+    for column, title in enumerate(titles):
+        draw.text((gap + column * (side + gap) + side // 2, 22), title, INK, font, anchor="mm")
+    for line, (sharp, blur) in enumerate(picks):
+        target = as_batch([sharp], device)
+        images = [as_batch([blur], device), restore(base, blur, device), restore(chosen, blur, device), target]
+        top, left, size = worst_window((images[0] - target).square().mean((0, 1)), crop)
+        for column, image in enumerate(images):
+            x, y = gap + column * (side + gap), 40 + line * (side + 40)
+            patch = image[0, :, top:top + size, left:left + size].permute(1, 2, 0).mul(255).byte().cpu().numpy()
+            canvas.paste(Image.fromarray(patch).resize((side, side), Image.BICUBIC), (x, y))
+            label = "reference" if column == 3 else f"{psnr(image, target).item():.2f} dB (whole image)"
+            draw.text((x + side // 2, y + side + 18), label, INK, font, anchor="mm")
+    return canvas
+
+
+def worst_window(error, crop):
+    """(top, left, side) of the window of (H, W) with the largest mean error."""
+    size = min(crop, *error.shape)
+    mean = F.avg_pool2d(error[None, None], size, stride=1)[0, 0]
+    top, left = divmod(int(mean.argmax()), mean.shape[1])
+    return top, left, size
+
+
+def stage_report(config, pairs, art, device):
+    """report.md, pareto.png and samples.png -> {file name: bytes}."""
+    samples = samples_picture(pairs("test"), base_net(art, device), chosen_net(art, device), device)
+    return {"pareto.png": png(pareto_picture(art["search"], art["finetune"])), "samples.png": png(samples),
+            "report.md": report_text(config, art).encode()}
+
+
+def png(image):
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+# -------------------------------------------------------------------------- one photograph
+
+def deblur(net, image, device="cpu", tile=512, overlap=64):
+    """uint8 (3, H, W) of any size -> the same, restored; large images in overlapping tiles.
+
+    Tiles fade into one another over `overlap` pixels, so that nothing shows where they meet.
+    """
+    height, width = image.shape[-2:]
+    if height <= tile and width <= tile:
+        return (restore(net, image, device)[0] * 255).round().byte().cpu()
+    total, weight = torch.zeros(3, height, width), torch.zeros(height, width)
+    rows, cols = (tile_starts(side, tile, overlap) for side in (height, width))
+    fade = torch.minimum(torch.arange(1, tile + 1), torch.arange(tile, 0, -1)).clamp(max=overlap) / overlap
+    tick = progress("deblur", len(rows) * len(cols))
+    for i, top in enumerate(rows):
+        for j, left in enumerate(cols):
+            window = image[:, top:top + tile, left:left + tile]
+            share = fade[:window.shape[1], None] * fade[None, :window.shape[2]]
+            with torch.inference_mode():
+                total[:, top:top + tile, left:left + tile] += net(as_batch([window], device))[0].cpu() * share
+            weight[top:top + tile, left:left + tile] += share
+            tick(i * len(cols) + j + 1)
+    return (quantize(total / weight) * 255).round().byte()
+
+
+def tile_starts(side, tile, overlap):
+    """Where tiles begin along one axis; the last ends at the border."""
+    if side <= tile:
+        return [0]
+    return [*range(0, side - tile, tile - overlap), side - tile]
+
+
+def deblur_file(net, source, target, device):
+    """Read a photograph, restore it, write it whole or not at all; an alpha channel is kept for PNG."""
+    with open_photo(source) as photo:
+        upright = ImageOps.exif_transpose(photo)
+        rgb = load_image(source)
+        alpha = upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+    image = Image.fromarray(deblur(net, rgb, device).permute(1, 2, 0).numpy())
+    if alpha is not None and Path(target).suffix.lower() == ".png":
+        image.putalpha(alpha)
+    stream = io.BytesIO()
+    try:
+        image.save(stream, Image.registered_extensions()[Path(target).suffix.lower()])
+    except KeyError:
+        raise InputError(f"--output {target}: unknown kind of image; end it in .png or .jpg") from None
+    write_file(Path(target), stream.getvalue())
+
+
+def open_photo(path):
+    try:
+        return Image.open(path)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read image --input {path} ({first_line(error)})") from None
+
+
+# -------------------------------------------------------------------------------- artefacts
+
+class Stage(NamedTuple):
+    """One stage: its function, artefact, the stages whose artefacts it reads, the flags it depends on."""
+    function: object
+    artefact: str
+    needs: tuple
+    knobs: tuple
+
+
+DATA = ("seed", "data", "made_train", "made_test", "made_size", "val_pairs")
+STAGES = {
+    "base": Stage(stage_base, "base.pt", (), DATA + ("weights", "width", "enc", "middle", "dec", "crop", "batch",
+                                                     "base_steps", "base_lr")),
+    "saliency": Stage(stage_saliency, "saliency.json", ("base",), ()),
+    "profile": Stage(stage_profile, "profile.json", ("base", "saliency"), ("frame", "target")),
+    "distill": Stage(stage_distill, "surrogates.pt", ("base", "saliency"), ("distill_share", "distill_steps", "distill_lr")),
+    "search": Stage(stage_search, "search.json", ("base", "saliency", "profile", "distill"), ("evaluations", "candidates")),
+    "finetune": Stage(stage_finetune, "finetuned.pt", ("base", "distill", "search"), ("finetune_steps", "finetune_lr", "pick")),
+    "evaluate": Stage(stage_evaluate, "metrics.json", ("base", "profile", "finetune"), ()),
+    "report": Stage(stage_report, "report.md", ("base", "saliency", "profile", "search", "finetune", "evaluate"), ()),
+}
+
+
+def relevant(config, name):
+    """{flag name: value} of everything that the artefact of stage `name` depends on."""
+    knobs = set(STAGES[name].knobs).union(*(relevant(config, need) for need in STAGES[name].needs))
+    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)
+            if field.name in knobs}
+
+
+def plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def described(config, name, payload):
+    """An artefact: what it holds, and the configuration and versions that made it."""
+    return {"stage": name, "config": relevant(config, name), "seed": config.seed, "versions": {
+        "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}, **payload}
+
+
+def save_artefact(path, content):
+    """Write one artefact, JSON or torch by its extension, whole or not at all."""
+    if path.suffix == ".json":
+        return write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    write_file(path, stream.getvalue())
+
+
+def write_file(path, content):
+    """Bytes to a temporary name, then renamed: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_torch(path, remedy):
+    """Tensors and plain values from a file, never code; InputError if it is not such a file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no file {path}: {remedy}") from None
+    except Exception as error:                    # torch raises many kinds on bytes that are not its own
+        raise InputError(f"{path} is damaged or no checkpoint of tensors ({type(error).__name__}): {remedy}") from None
+
+
+def load_artefact(path, name, config):
+    """The artefact of stage `name`, checked to be ours and of this configuration."""
+    remedy = f"delete it and run --stage {name}"
+    if path.suffix == ".json":
+        try:
+            content = json.loads(path.read_text())
+        except ValueError:
+            raise InputError(f"{path} is damaged or no JSON: {remedy}") from None
+    else:
+        content = load_torch(path, remedy)
+    if not isinstance(content, dict) or content.get("stage") != name or not isinstance(content.get("config"), dict):
+        raise InputError(f"{path} is not an artefact of stage {name}: {remedy}")
+    for key, value in relevant(config, name).items():
+        if content["config"].get(key) != value:
+            raise InputError(f"{path} was made with {flag(key)} {shown(content['config'].get(key))}, not {shown(value)}: "
+                             "give that, another --out, or delete it")
+    return content
+
+
+def shown(value):
+    return " ".join(map(str, value)) if isinstance(value, list) else repr(value) if value == "" else str(value)
+
+
+# -------------------------------------------------------------------------------- progress
+
+def progress(label, total):
+    """A function (done, note) that keeps one live line on a terminal, and about ten lines in a log."""
+    started, live, said = time.perf_counter(), sys.stderr.isatty(), [0.0]
+
+    def tick(done, note=""):
+        now = time.perf_counter()
+        if done < total and (now - said[0] < 0.2 if live else done % max(1, total // 10)):
+            return
+        said[0] = now
+        spent = now - started
+        line = f"{label}: {done}/{total}, {done / max(spent, 1e-9):.1f}/s, {spent / done * (total - done):.0f} s left {note}"
+        print(f"\r{line:<79}" if live else line, end="\n" if done == total or not live else "", file=sys.stderr, flush=True)
+
+    return tick
+
+
+def say(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------- command line
+
+def run(config, stage, out, device="cpu"):
+    """Run one stage, or "all" in order, in folder `out`; what is there and matches is reused."""
+    out = Path(out)
+    pairs = functools.cache(lambda split: split_pairs(config, split))
+    wanted = list(STAGES) if stage == "all" else [stage]
+    for name in wanted:
+        path = out / STAGES[name].artefact
+        if name != "report" and path.exists():
+            load_artefact(path, name, config)
+            say(f"{name}: {path} matches and is reused")
+            continue
+        art = {need: earlier(out, need, config, name) for need in STAGES[name].needs}
+        started = time.perf_counter()
+        payload = STAGES[name].function(config, pairs, art, device)
+        if name == "report":
+            for file, content in payload.items():
+                write_file(out / file, content)
+        else:
+            save_artefact(path, described(config, name, payload))
+        say(f"{name}: {path} written, {time.perf_counter() - started:.1f} s")
+    if wanted[-1] in ("evaluate", "report"):
+        metrics = earlier(out, "evaluate", config, "report")
+        print(f"{gain_table(metrics)}\n\n{gain_words(metrics)}\n\nEverything is in {out}; read {out / 'report.md'}, then try:\n"
+              f"  python hwdeblur.py --stage deblur --out {out} --input photo.jpg --output sharp.png")
+
+
+def earlier(out, name, config, wanted_by):
+    """The artefact that a later stage reads, or the command that makes it."""
+    path = out / STAGES[name].artefact
+    if not path.exists():
+        raise InputError(f"stage {wanted_by} needs {path}, which is not there: run --stage {name} --out {out} first")
+    return load_artefact(path, name, config)
+
+
+def run_deblur(source, target, out, device):
+    """Restore one photograph with the net that was made in `out`, whatever its configuration."""
+    if not source or not target:
+        raise InputError("--stage deblur needs --input PHOTO and --output FILE")
+    path = Path(out) / STAGES["finetune"].artefact
+    if not path.exists():
+        raise InputError(f"--stage deblur needs {path}, which is not there: run --stage all --out {out} first")
+    tuned = load_torch(path, "delete it and run --stage finetune")
+    if not isinstance(tuned, dict) or not {"params", "arch", "choice"} <= tuned.keys():
+        raise InputError(f"{path} is not an artefact of stage finetune: delete it and run --stage finetune")
+    deblur_file(blocks.deploy(chosen_net({"finetune": tuned}, device)), source, target, device)
+    say(f"deblur: {target} written")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+
+def sides(text):
+    """'256' or '720x1280' -> (height, width)."""
+    values = tuple(int(v) for v in text.lower().split("x"))
+    if len(values) not in (1, 2):
+        raise ValueError(text)
+    return values * (3 - len(values)) if len(values) == 1 else values
+
+
+def parser():
+    """The command line, one flag per configuration entry."""
+    p = Parser(description="Blockwise search for an efficient deblurring net. Stages, in order: "
+               + ", ".join(STAGES) + "; all: these; deblur: restore --input into --output.", allow_abbrev=False)
+    p.add_argument("--stage", required=True, choices=[*STAGES, "all", "deblur"])
+    p.add_argument("--preset", default="demo", choices=list(PRESETS), help="defaults of all flags below (demo)")
+    p.add_argument("--out", help="folder of the artefacts (runs/PRESET)")
+    p.add_argument("--device", default="cpu", help="torch device, say cuda (cpu)")
+    p.add_argument("--threads", type=int, help="CPU threads (torch's own choice)")
+    p.add_argument("--input", help="stage deblur: a photograph")
+    p.add_argument("--output", help="stage deblur: where the restored one goes, .png or .jpg")
+    for field in dataclasses.fields(Config):
+        many = isinstance(field.default, tuple) and field.name != "frame"
+        kind = sides if field.name == "frame" else int if many else type(field.default)
+        default = "x".join(map(str, field.default)) if field.name == "frame" else shown(plain(field.default))
+        p.add_argument(flag(field.name), type=kind, nargs="+" if many else None, choices=CHOICES.get(field.name),
+                       default=argparse.SUPPRESS, help=f"{field.metadata['help']} ({default})")
+    return p
+
+
+def configuration(args):
+    """Parsed flags -> Config: the preset, then what was given."""
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    config = Config(**{**PRESETS[args.preset], **given})
+    check(config)
+    return config
+
+
+def main(argv=None):
+    """Exit status 0, or 2 after one line on stderr that names the thing and the remedy."""
+    try:
+        args = parser().parse_args(argv)
+        config = configuration(args)
+        out = args.out or f"runs/{args.preset}"
+        if args.threads is not None:
+            if args.threads < 1:
+                raise InputError(f"--threads {args.threads} must be at least 1")
+            torch.set_num_threads(args.threads)
+        try:
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"--device {args.device} is not to be had here ({first_line(error)})") from None
+        if args.stage == "deblur":
+            run_deblur(args.input, args.output, out, args.device)
+        else:
+            writable(Path(out))
+            run(config, args.stage, out, args.device)
+    except InputError as error:
+        print(f"hwdeblur: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"hwdeblur: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def writable(out):
+    """Refuse an output folder that cannot be written before any work is done."""
+    try:
+        write_file(out / "writable", b"")
+        (out / "writable").unlink()
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written ({error.strerror}): give another folder") from None
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
