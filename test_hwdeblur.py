@@ -1,0 +1,759 @@
+"""Tests: `python test_hwdeblur.py`, or one class or test by name: `python test_hwdeblur.py Search`.
+
+Every oracle is independent of what it checks: brute force, a closed form, float64, scipy, another way
+to compute the same, or a figure that the papers print. No test asserts a time.
+"""
+import ast
+import contextlib
+import copy
+import io
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy.stats import multivariate_normal
+from torch import nn
+
+import blocks
+import hwdeblur
+import profile_device
+import search
+
+HERE = Path(__file__).resolve().parent
+TABLE_1 = {  # enc0 enc1 enc2 enc3 mid dec3 dec2 dec1 dec0, as printed in the paper
+    "grad_norm": (.0118, .0050, .0037, .0644, .0008, .0040, .0086, .0193, .0195),
+    "snip": (.04, .03, .05, 1.6, .04, .09, .11, .12, .07),
+    "grasp": (.0005, -.0001, .0006, -.0017, .0002, -.0008, -.0019, .0010, -.0002),
+    "fisher": (1.96, 2.58, 5.19, 6.23, .99, 2.88, 4.58, 3.09, 2.13),
+    "plain": (-6.95, -3.72, 2.24, 21.8, .52, 9.48, 7.52, -17.01, 8.37),
+    "synflow": (2.0e18, 2.3e16, 1.6e15, 2.2e17, 2.6e12, 1.1e12, 8.3e9, 4.3e7, 1.2e12)}
+STAGES = ("enc0", "enc1", "enc2", "enc3", "mid", "dec3", "dec2", "dec1", "dec0")
+
+
+def randomized(module, seed=0):
+    """The module with every parameter and statistic random: no zero scale hides a path."""
+    g = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        p.data = torch.randn(p.shape, generator=g).mul(0.3).to(p.dtype)
+    for name, b in module.named_buffers():
+        if b.is_floating_point():
+            b.copy_(torch.rand(b.shape, generator=g) + 0.5)
+    return module
+
+
+def small_net(seed=0, **kwargs):
+    with torch.random.fork_rng():
+        return randomized(blocks.NAFNet(**{"width": 4, "enc": (1, 2), "dec": (1, 1), **kwargs}), seed).eval()
+
+
+def images(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Blocks(unittest.TestCase):
+    def test_counts_of_the_published_net(self):
+        net = blocks.NAFNet()
+        self.assertEqual(len(blocks.site_names(net)), 36)
+        self.assertEqual(blocks.count_params(net), 17_111_907)
+        self.assertEqual(blocks.count_macs(net, (1, 3, 256, 256)), 15_956_027_392)
+
+    def test_net_equals_a_plain_reading_of_the_paper(self):
+        net, x = small_net().double(), images(2, 3, 13, 18).double()
+
+        def norm(m, v):
+            centred = v - v.mean(1, keepdim=True)
+            unit = centred / (v.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+            return unit * m.weight.view(1, -1, 1, 1) + m.bias.view(1, -1, 1, 1)
+
+        def block(b, v):
+            a = b.conv2(b.conv1(norm(b.norm1, v)))
+            a = a[:, :a.shape[1] // 2] * a[:, a.shape[1] // 2:]
+            y = v + b.beta * b.conv3(a * b.sca[1](F.adaptive_avg_pool2d(a, 1)))
+            f = b.conv4(norm(b.norm2, y))
+            return y + b.gamma * b.conv5(f[:, :f.shape[1] // 2] * f[:, f.shape[1] // 2:])
+
+        v = net.intro(F.pad(x, (0, 2, 0, 3)))
+        s0 = block(net.encoders[0][0], v)
+        s1 = block(net.encoders[1][1], block(net.encoders[1][0], net.downs[0](s0)))
+        v = block(net.middle_blks[0], net.downs[1](s1))
+        v = block(net.decoders[0][0], net.ups[0](v) + s1)
+        v = block(net.decoders[1][0], net.ups[1](v) + s0)
+        expected = (net.ending(v) + F.pad(x, (0, 2, 0, 3)))[:, :, :13, :18]
+        torch.testing.assert_close(net(x), expected)
+
+    def test_keys_of_the_released_checkpoints(self):
+        keys = set(blocks.NAFNet(width=4).state_dict())
+        for key in ("intro.weight", "encoders.3.27.sca.1.weight", "middle_blks.0.norm1.weight", "ups.0.0.weight",
+                    "downs.3.bias", "decoders.3.0.beta", "decoders.0.0.gamma", "encoders.0.0.conv5.bias", "ending.bias"):
+            self.assertIn(key, keys)
+        self.assertNotIn("ups.0.0.bias", keys)
+        self.assertEqual(len([k for k in keys if k.startswith("encoders.0.0.")]), 18)
+
+    def test_site_names_are_in_forward_order(self):
+        self.assertEqual(blocks.site_names(small_net()), ["enc0.0", "enc1.0", "enc1.1", "mid.0", "dec1.0", "dec0.0"])
+
+    def test_local_mean_is_the_nearest_full_window(self):
+        x = images(2, 3, 9, 12)
+        torch.testing.assert_close(blocks.local_mean(x), F.adaptive_avg_pool2d(x, 1))
+        torch.testing.assert_close(blocks.local_mean(x, 12), F.adaptive_avg_pool2d(x, 1))
+        for window in (1, 4, 5, (3, 20), (9, 4)):
+            rows, cols = (window, window) if isinstance(window, int) else window
+            rows, cols = min(rows, 9), min(cols, 12)
+            got = blocks.local_mean(x, window)
+            for i, j in itertools.product(range(9), range(12)):
+                top = min(max(i - (9 - (9 - rows + 1)) // 2, 0), 9 - rows)
+                left = min(max(j - (12 - (12 - cols + 1)) // 2, 0), 12 - cols)
+                torch.testing.assert_close(got[:, :, i, j], x[:, :, top:top + rows, left:left + cols].mean((2, 3)))
+
+    def test_window_of_the_net_is_divided_by_stride(self):
+        net = blocks.NAFNet(width=4, enc=(1, 1), dec=(1, 1), window=12)
+        self.assertEqual([b.window for b in net.blocks().values()], [12, 6, 3, 6, 12])
+
+    def test_alternatives_start_as_the_identity(self):
+        x = images(2, 8, 6, 5)
+        for block in blocks.BLOCKS:
+            torch.testing.assert_close(block(8)(x), x, rtol=0, atol=0)
+
+    def test_deploy_folds_everything_and_keeps_the_output(self):
+        x = images(2, 8, 7, 9)
+        for option, block in enumerate(blocks.BLOCKS):
+            module = randomized(block(8), option).eval()
+            before = {k: v.clone() for k, v in module.state_dict().items()}
+            deployed = blocks.deploy(module)
+            torch.testing.assert_close(deployed(x), module(x), rtol=1e-5, atol=1e-5)
+            kinds = {type(m) for m in deployed.modules()}
+            self.assertFalse(kinds & {nn.BatchNorm2d, blocks.RepBranches})
+            for k, v in module.state_dict().items():
+                self.assertTrue(torch.equal(v, before[k]))
+
+    def test_block_io_removes_its_hooks_also_on_error(self):
+        net, x = small_net(), images(1, 3, 8, 8)
+        seen = blocks.block_io(net, x, ["enc0.0", "mid.0"])
+        torch.testing.assert_close(net.encoders[0][0](seen["enc0.0"][0]), seen["enc0.0"][1])
+        with self.assertRaises(RuntimeError):
+            blocks.block_io(net, images(1, 5, 8, 8), ["enc0.0"])
+        self.assertTrue(all(not m._forward_hooks for m in net.modules()))
+
+    def test_site_shapes_are_what_blocks_see(self):
+        net = small_net()
+        seen = blocks.block_io(net, images(1, 3, 13, 18), blocks.site_names(net))
+        self.assertEqual(blocks.site_shapes(net, (13, 18)), {s: tuple(i.shape) for s, (i, _) in seen.items()})
+
+    def test_assemble_swaps_shares_and_leaves_its_sources(self):
+        net = small_net()
+        surrogates = {"dec0.0": {4: randomized(blocks.ReluBN(4)).eval()}}
+        new = blocks.assemble(net, surrogates, {"dec0.0": 4, "mid.0": 0}).eval()
+        by_hand = copy.deepcopy(net)
+        by_hand.decoders[1][0] = surrogates["dec0.0"][4]
+        x = images(1, 3, 8, 8)
+        torch.testing.assert_close(new(x), by_hand(x), rtol=0, atol=0)
+        self.assertIs(new.intro.weight, net.intro.weight)
+        self.assertIs(new.decoders[1][0].scale if hasattr(new.decoders[1][0], "scale") else new.decoders[1][0].beta,
+                      surrogates["dec0.0"][4].beta)
+        statistics = surrogates["dec0.0"][4].conv1[1].running_mean.clone()
+        new.train()(x)
+        self.assertTrue(torch.equal(surrogates["dec0.0"][4].conv1[1].running_mean, statistics))
+        self.assertFalse(surrogates["dec0.0"][4].training)
+        self.assertIsInstance(net.decoders[1][0], blocks.NAFBlock)
+
+
+class Saliency(unittest.TestCase):
+    """The net's own 64-bit copy and one layer at a time, by finite differences or explicit loops."""
+
+    def setUp(self):
+        self.net = small_net().double()
+        self.blur, self.sharp = images(2, 3, 8, 8).double(), images(2, 3, 8, 8, seed=1).double()
+        self.scores = blocks.saliency(self.net, self.blur, self.sharp, F.mse_loss)
+
+    def convs(self, site):
+        return [m for m in self.net.blocks()[site].modules() if isinstance(m, nn.Conv2d)]
+
+    def gradients(self, net):
+        for p in net.parameters():
+            p.grad = None
+        F.mse_loss(net(self.blur), self.sharp).backward()
+        return {n: m.weight.grad.clone() for n, m in net.named_modules() if isinstance(m, nn.Conv2d)}
+
+    def test_first_order_measures(self):
+        net = copy.deepcopy(self.net)
+        self.gradients(net)
+        for site, block in net.blocks().items():
+            layers = [m.weight for m in block.modules() if isinstance(m, nn.Conv2d)]
+            self.assertEqual(len(layers), 6)
+            self.assertAlmostEqual(self.scores["grad_norm"][site], sum(w.grad.norm().item() for w in layers))
+            self.assertAlmostEqual(self.scores["snip"][site], sum((w * w.grad).abs().sum().item() for w in layers))
+            self.assertAlmostEqual(self.scores["plain"][site], sum((w * w.grad).sum().item() for w in layers))
+
+    def test_grasp_by_finite_differences_along_the_gradient(self):
+        net, h = copy.deepcopy(self.net), 1e-4
+        g = self.gradients(net)
+        sides = []
+        for sign in (1, -1):
+            moved = copy.deepcopy(self.net)
+            for n, m in moved.named_modules():
+                if n in g:
+                    m.weight.data += sign * h * g[n]
+            sides.append(self.gradients(moved))
+        names = {m: n for n, m in net.named_modules()}
+        for site, block in net.blocks().items():
+            expected = -sum(((sides[0][names[m]] - sides[1][names[m]]) / (2 * h) * m.weight).sum().item()
+                            for m in block.modules() if isinstance(m, nn.Conv2d))
+            self.assertAlmostEqual(self.scores["grasp"][site], expected, delta=1e-4 * abs(expected) + 1e-8)
+
+    def test_fisher_by_bumping_one_channel(self):
+        """sum_hw a dL/da of one image and channel is the derivative of L in a factor on that channel."""
+        site, expected, h = "dec1.0", 0.0, 1e-5
+        for conv in self.convs(site):
+            for channel in range(conv.out_channels):
+                squares = []
+                for n in range(2):
+                    values = []
+                    for sign in (1, -1):
+                        def bump(module, inputs, output):
+                            factor = torch.ones(2, conv.out_channels, 1, 1, dtype=torch.float64)
+                            factor[n, channel] += sign * h
+                            return output * factor
+                        handle = conv.register_forward_hook(bump)
+                        with torch.no_grad():
+                            values.append(F.mse_loss(self.net(self.blur), self.sharp).item())
+                        handle.remove()
+                    squares.append(((values[0] - values[1]) / (2 * h)) ** 2)
+                expected += 0.5 * sum(squares) / 2
+        self.assertAlmostEqual(self.scores["fisher"][site] / expected, 1, places=4)
+
+    def test_synflow_by_finite_differences(self):
+        net = copy.deepcopy(self.net)
+        for p in net.parameters():
+            p.data.abs_()
+        ones, h, site = torch.ones(1, 3, 8, 8, dtype=torch.float64), 1e-6, "enc0.0"
+        expected = 0.0
+        for conv in [m for m in net.blocks()[site].modules() if isinstance(m, nn.Conv2d)]:
+            for i in range(conv.weight.numel()):
+                flat, kept, values = conv.weight.data, conv.weight.data.clone(), []
+                for sign in (1, -1):
+                    conv.weight.data = kept.clone(memory_format=torch.contiguous_format)
+                    conv.weight.data.view(-1)[i] *= 1 + sign * h
+                    with torch.no_grad():
+                        values.append(net(ones).sum().item())
+                conv.weight.data = kept
+                expected += abs(values[0] - values[1]) / (2 * h)
+        self.assertAlmostEqual(self.scores["synflow"][site] / expected, 1, places=4)
+
+    def test_the_net_comes_back_untouched(self):
+        net = small_net().train()
+        before = copy.deepcopy(net.state_dict())
+        state = torch.get_rng_state()
+        blocks.saliency(net, self.blur.float(), self.sharp.float(), F.mse_loss)
+        self.assertTrue(net.training and all(p.grad is None for p in net.parameters()))
+        self.assertTrue(all(torch.equal(v, before[k]) for k, v in net.state_dict().items()))
+        self.assertTrue(torch.equal(state, torch.get_rng_state()))
+
+    def test_critical_stage_of_the_papers_table_1(self):
+        scores = {measure: dict(zip(STAGES, row)) for measure, row in TABLE_1.items()}
+        ranks = blocks.mean_ranks(scores)
+        self.assertEqual(blocks.critical_stages(scores), ["enc3"])
+        self.assertAlmostEqual(ranks["enc3"], 4 / 3)
+        self.assertAlmostEqual(sorted(ranks.values())[1], 23 / 6)
+
+    def test_a_stage_is_the_signed_sum_of_its_blocks(self):
+        self.assertEqual(blocks.critical_stages({"plain": {"enc0.0": 5.0, "enc0.1": -4.9, "mid.0": -1.0}}), ["mid"])
+
+
+class Distillation(unittest.TestCase):
+    def setUp(self):
+        self.net = small_net()
+        self.calls = []
+
+    def batch_at(self, step):
+        self.calls.append(step)
+        return images(2, 3, 16, 16, seed=step), None
+
+    def test_losses_start_at_one_and_fall(self):
+        surrogates, losses = blocks.distill(self.net, ["enc0.0", "mid.0"], self.batch_at, 60, 3e-2, 0)
+        self.assertEqual(self.calls, list(range(60)))
+        for site, options in losses.items():
+            self.assertEqual(sorted(options), list(range(1, len(blocks.BLOCKS))))
+            for curve in options.values():
+                self.assertAlmostEqual(curve[0], 1, places=5)
+                self.assertLess(curve[-1], 0.9)
+        self.assertTrue(all(not m.training for row in surrogates.values() for m in row.values()))
+
+    def test_one_teacher_forward_per_batch(self):
+        count = []
+        handle = self.net.intro.register_forward_hook(lambda *_: count.append(1))
+        blocks.distill(self.net, ["enc0.0", "mid.0"], self.batch_at, 3, 1e-3, 0)
+        handle.remove()
+        self.assertEqual(len(count), 3)
+
+    def test_any_subset_gets_the_same_bits(self):
+        everything, _ = blocks.distill(self.net, ["enc0.0", "mid.0"], self.batch_at, 4, 1e-2, 7)
+        some, _ = blocks.distill(self.net, ["enc0.0", "mid.0"], self.batch_at, 4, 1e-2, 7, only=[("mid.0", 3)])
+        self.assertEqual({s: list(o) for s, o in some.items()}, {"mid.0": [3]})
+        for k, v in some["mid.0"][3].state_dict().items():
+            self.assertTrue(torch.equal(v, everything["mid.0"][3].state_dict()[k]))
+
+    def test_teacher_and_random_state_are_left_alone(self):
+        before, state = copy.deepcopy(self.net.state_dict()), torch.get_rng_state()
+        blocks.distill(self.net, ["enc0.0"], self.batch_at, 2, 1e-2, 0)
+        self.assertTrue(all(torch.equal(v, before[k]) for k, v in self.net.state_dict().items()))
+        self.assertTrue(torch.equal(state, torch.get_rng_state()))
+
+
+class Search(unittest.TestCase):
+    def setUp(self):
+        self.rng = np.random.default_rng(0)
+
+    def test_encode_and_decode(self):
+        n = [2, 7, 3]
+        for options in itertools.product(*map(range, n)):
+            self.assertEqual(tuple(search.decode(search.encode(options, n), n)), options)
+        self.assertEqual(list(search.decode([0, 1, 1 / 3], n)), [0, 6, 1])
+        with self.assertRaises(ValueError):
+            search.decode([0, 1.1, 0], n)
+
+    def test_pareto_mask_by_brute_force(self):
+        for _ in range(200):
+            Y = self.rng.integers(0, 6, (self.rng.integers(1, 12), 2)).astype(float)
+            brute = [not any((z <= y).all() and (z < y).any() for z in Y) for y in Y]
+            self.assertEqual(search.pareto_mask(Y).tolist(), brute)
+        self.assertEqual(search.pareto_mask(np.zeros((0, 2))).tolist(), [])
+
+    def test_hypervolume_by_counting_cells(self):
+        for _ in range(100):
+            Y, ref = self.rng.integers(0, 12, (self.rng.integers(1, 9), 2)), (9, 10)
+            cells = sum(any(y[0] <= i and y[1] <= j for y in Y) for i in range(9) for j in range(10))
+            self.assertAlmostEqual(search.hypervolume(Y, ref), cells)
+
+    def test_free_boxes_tile_what_is_not_dominated(self):
+        Y, ref = self.rng.random((8, 2)), np.array([0.9, 0.8])
+        boxes = search.free_boxes(Y, ref)
+        for p in self.rng.uniform(-0.2, 1.1, (2000, 2)):
+            free = (p < ref).all() and not any((y <= p).all() for y in Y)
+            self.assertEqual(sum((b[0] <= p).all() and (p < b[1]).all() for b in boxes), int(free))
+
+    def test_ehvi_closed_form_sampling_and_hypervolume_differences_agree(self):
+        Y, ref = self.rng.random((6, 2)), np.array([1.0, 1.1])
+        boxes = search.free_boxes(Y, ref)
+        mean, std = self.rng.random((4, 2)), self.rng.uniform(0.05, 0.4, (4, 2))
+        std[2, 1] = 0
+        draws = self.rng.standard_normal((20_000, 2))
+        exact, sampled = search.exact_ehvi(mean, std, boxes), search.mc_ehvi(mean, std, draws, boxes)
+        volume = search.hypervolume(Y, ref)
+        for i in range(4):
+            points = mean[i] + std[i] * draws[:4000]
+            gains = [search.hypervolume(np.vstack([Y, p]), ref) - volume for p in points]
+            self.assertAlmostEqual(np.mean(gains), search.mc_ehvi(mean, std, draws[:4000], boxes)[i], places=10)
+            self.assertLess(abs(exact[i] - sampled[i]), 5 * np.std(gains) / np.sqrt(len(draws)) + 1e-12)
+
+    def test_ehvi_of_a_known_point_is_its_improvement(self):
+        Y, ref = np.array([[0.2, 0.8], [0.6, 0.3]]), np.array([1.0, 1.0])
+        mean, std = np.array([[0.3, 0.4], [0.7, 0.9]]), np.zeros((2, 2))
+        boxes = search.free_boxes(Y, ref)
+        expected = [search.hypervolume(np.vstack([Y, m]), ref) - search.hypervolume(Y, ref) for m in mean]
+        np.testing.assert_allclose(search.exact_ehvi(mean, std, boxes), expected, atol=1e-12)
+        np.testing.assert_allclose(search.mc_ehvi(mean, std, np.zeros((1, 2)), boxes), expected, atol=1e-12)
+        self.assertEqual(expected[1], 0)
+
+    def test_gp_evidence_and_prediction_against_scipys_normal(self):
+        for kernel, X in (("overlap", self.rng.integers(0, 4, (12, 3))), ("rbf", self.rng.random((12, 3)))):
+            y = np.sin(X.sum(1)) + 3
+            gp = search.gp_fit(X, y, kernel)
+
+            def cov(A, B):
+                return np.array([[gp.signal * np.exp(-sum(
+                    r * (float(a != b) if kernel == "overlap" else (a - b) ** 2 / 2)
+                    for r, a, b in zip(gp.rates, p, q))) for q in B] for p in A])
+
+            K = cov(X, X) + gp.noise * np.eye(12)
+            z = (y - y.mean()) / y.std()
+            self.assertAlmostEqual(gp.log_evidence, multivariate_normal(np.zeros(12), K).logpdf(z), places=6)
+            Q = self.rng.integers(0, 4, (5, 3)) if kernel == "overlap" else self.rng.random((5, 3))
+            mean, std = search.gp_predict(gp, Q)
+            C = cov(Q, X) @ np.linalg.inv(K)
+            np.testing.assert_allclose(mean, y.mean() + y.std() * C @ z, atol=1e-6)
+            variance = np.diag(cov(Q, Q) - C @ cov(X, Q))
+            np.testing.assert_allclose(std, y.std() * np.sqrt(np.maximum(variance, 0)), atol=1e-4)
+
+    def test_gradient_by_finite_differences(self):
+        X, y, p, h = self.rng.integers(0, 4, (10, 3)), self.rng.standard_normal(10), np.log([.3, .6, 1.1, .9, .05]), 1e-6
+        D = search.distances(X, X, "overlap")
+        numeric = [(search.log_evidence(p + h * e, D, y)[0] - search.log_evidence(p - h * e, D, y)[0]) / (2 * h)
+                   for e in np.eye(5)]
+        np.testing.assert_allclose(search.log_evidence(p, D, y)[1], numeric, rtol=1e-5, atol=1e-6)
+
+    def test_gp_takes_constants_repeats_and_single_points(self):
+        for X, y in (([[0, 1]], [2.0]), ([[0, 1], [1, 1], [0, 0]], [3.0] * 3), ([[0, 1]] * 4, [1.0, 1.0, 2.0, 2.0])):
+            mean, std = search.gp_predict(search.gp_fit(X, y), [[0, 1], [5, 5]])
+            self.assertTrue(np.isfinite(mean).all() and np.isfinite(std).all())
+        with self.assertRaises(ValueError):
+            search.gp_fit([[0, 1]], [np.nan])
+
+    def problem(self, d=4, k=4):
+        return search.landscape(np.random.default_rng(5), d, k)
+
+    def test_search_starts_with_the_ends_repeats_nothing_and_is_resumable(self):
+        losses, penalty = self.problem()
+        whole = search.search(lambda o: losses[o], penalty, 40, np.random.default_rng(3))
+        self.assertEqual(whole[0].options, (0,) * 4)
+        self.assertEqual(whole[1].options, tuple(int(p.argmin()) for p in penalty))
+        self.assertEqual(len({e.options for e in whole}), 40)
+        for cut in (1, 10, 30):
+            asked = []
+            rest = search.search(lambda o: asked.append(o) or losses[o], penalty, 40, np.random.default_rng(3),
+                                 history=whole[:cut])
+            self.assertEqual(rest, whole)
+            self.assertEqual(len(asked), 40 - cut)
+
+    def test_search_exhausts_a_small_space_and_stops(self):
+        losses, penalty = self.problem(2, 3)
+        for kernel in ("overlap", "rbf"):
+            found = search.search(lambda o: losses[o], penalty, 50, np.random.default_rng(0), kernel=kernel)
+            self.assertEqual(sorted(e.options for e in found), list(itertools.product(range(3), repeat=2)))
+
+    def test_search_beats_random_on_a_known_front(self):
+        losses, penalty = self.problem(5, 5)
+        cost = sum(np.ix_(*penalty))
+        Y = np.stack([losses.ravel(), np.broadcast_to(cost, losses.shape).ravel()], 1)
+        ref = (3.0, 1.05 * cost.max())
+        found = search.search(lambda o: losses[o], penalty, 60, np.random.default_rng(0), ref)
+        share = search.hypervolume([e[1:] for e in found], ref) / search.hypervolume(Y, ref)
+        chance = np.mean([search.hypervolume(Y[self.rng.choice(len(Y), 60, False)], ref) for _ in range(50)])
+        self.assertGreater(share, 0.95)
+        self.assertGreater(share, chance / search.hypervolume(Y, ref))
+
+    def test_a_score_that_is_not_finite_is_refused(self):
+        with self.assertRaisesRegex(ValueError, "not finite"):
+            search.search(lambda o: np.nan, [np.ones(3)] * 2, 5, np.random.default_rng(0))
+
+    def test_knee(self):
+        front = [[0, 10], [1, 2], [2, 1], [9, 0.5], [10, 0]]
+        self.assertEqual(search.knee(front, 2), [1, 2])
+        self.assertEqual(search.knee([[0, 1]], 3), [0])
+        self.assertEqual(search.knee([[0, 1], [1, 0]], 1), [0])
+
+
+class Profile(unittest.TestCase):
+    def setUp(self):
+        self.net = small_net()
+        self.sites = ["enc0.0", "mid.0", "dec0.0"]
+        self.surrogates = {s: {k: blocks.new_surrogate(self.net, s, k, 0) for k in range(1, len(blocks.BLOCKS))}
+                           for s in self.sites}
+
+    def test_local_table_adds_up_and_measures_equal_blocks_once(self):
+        table = profile_device.latency_table(self.net, self.surrogates, self.sites, (32, 48), "local",
+                                             blocks.deploy, rounds=3)
+        self.assertEqual(table["sites"]["enc0.0"], table["sites"]["dec0.0"])
+        self.assertNotEqual(table["sites"]["enc0.0"], table["sites"]["mid.0"])
+        self.assertTrue(all(ms > 0 for row in table["sites"].values() for ms in row))
+        self.assertAlmostEqual(profile_device.network_ms(table, {}), table["base_ms"])
+        swapped = profile_device.network_ms(table, {"mid.0": 5})
+        self.assertAlmostEqual(table["base_ms"] - swapped, table["sites"]["mid.0"][0] - table["sites"]["mid.0"][5])
+        self.assertEqual(json.loads(json.dumps(table)), table)
+
+    def test_paper_table(self):
+        table = profile_device.latency_table(self.net, self.surrogates, self.sites, 32, "paper")
+        self.assertEqual(table["sites"]["mid.0"], [53, 15, 13, 19, 11, 9, 28])
+        self.assertEqual(profile_device.network_ms(table, {"mid.0": 5, "enc0.0": 1}), 53 + 9 + 15)
+        self.assertEqual(table["base_ms"], 177)
+
+    def test_unknown_target(self):
+        with self.assertRaisesRegex(ValueError, "moon"):
+            profile_device.latency_table(self.net, self.surrogates, self.sites, 32, "moon")
+
+    def test_every_round_visits_every_module(self):
+        calls = []
+        modules = {name: (lambda x, name=name: calls.append((name, tuple(x.shape))), (1, n, 4, 4))
+                   for n, name in enumerate("ab", start=1)}
+        times = profile_device.time_together(modules, rounds=5, warmup=2)
+        self.assertEqual({name: len(ms) for name, ms in times.items()}, {"a": 5, "b": 5})
+        visits = [name for name, _ in itertools.groupby(calls)]
+        self.assertEqual([name for name, _ in visits], ["a", "b"] * 7)
+        self.assertEqual({shape for _, shape in visits}, {(1, 1, 4, 4), (1, 2, 4, 4)})
+
+
+class Metrics(unittest.TestCase):
+    def test_psnr_is_averaged_over_images(self):
+        x = torch.zeros(2, 3, 4, 4)
+        y = torch.stack([torch.full((3, 4, 4), 0.1), torch.full((3, 4, 4), 0.01)])
+        self.assertAlmostEqual(hwdeblur.psnr(x, y).item(), 30, places=4)
+        self.assertAlmostEqual(hwdeblur.psnr(x[0], y[0]).item(), 20, places=4)
+        self.assertAlmostEqual(-hwdeblur.psnr_loss(x, y).item(), 30, places=2)
+
+    def test_ssim_by_explicit_windows(self):
+        x, y = images(3, 15, 13).double(), images(3, 15, 13, seed=1).double()
+        t = np.arange(11) - 5
+        w = np.exp(-(t[:, None] ** 2 + t[None] ** 2) / 4.5)
+        w /= w.sum()
+        values = []
+        for c, i, j in itertools.product(range(3), range(5), range(3)):
+            a, b = x[c, i:i + 11, j:j + 11].numpy(), y[c, i:i + 11, j:j + 11].numpy()
+            ma, mb = (w * a).sum(), (w * b).sum()
+            va, vb, cov = (w * (a - ma) ** 2).sum(), (w * (b - mb) ** 2).sum(), (w * (a - ma) * (b - mb)).sum()
+            values.append((2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4)))
+        self.assertAlmostEqual(hwdeblur.ssim(x, y).item(), np.mean(values), places=10)
+        self.assertAlmostEqual(hwdeblur.ssim(x, x).item(), 1)
+
+
+class Data(unittest.TestCase):
+    def test_made_pairs_depend_on_their_seed_alone(self):
+        a, b, c = (hwdeblur.made_pair(32, np.random.default_rng(seed)) for seed in (1, 1, 2))
+        self.assertTrue(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]))
+        self.assertFalse(torch.equal(a[0], c[0]) or torch.equal(a[0], a[1]))
+
+    def test_a_blurred_pair_keeps_its_light(self):
+        for seed in range(4):
+            linear = [(v.double() / 255) ** 2.2 for v in hwdeblur.made_pair(96, np.random.default_rng(seed))]
+            self.assertLess(abs(linear[0].mean() - linear[1].mean()), 0.03)
+            self.assertGreater(linear[0].diff(dim=2).abs().sum(), linear[1].diff(dim=2).abs().sum())
+
+    def test_batches_are_a_function_of_seed_and_step(self):
+        pairs = [tuple(images(3, h, w, seed=h).mul(255).byte() for _ in range(2)) for h, w in ((20, 31), (17, 16))]
+        batch_at = hwdeblur.crops(pairs, 5, 16, 3)
+        again = hwdeblur.crops(pairs, 5, 16, 3)
+        again(1)
+        blur, sharp = batch_at(4)
+        self.assertEqual(blur.shape, (3, 3, 16, 16))
+        self.assertTrue(torch.equal(blur, sharp) and torch.equal(blur, again(4)[0]))
+        self.assertFalse(torch.equal(blur, batch_at(5)[0]))
+
+    def test_splits_share_nothing(self):
+        config = hwdeblur.Config(made_train=3, made_test=2, made_size=32, crop=32)
+        with contextlib.redirect_stderr(io.StringIO()):
+            everything = [p[0] for s in ("train", "val", "test") for p in hwdeblur.split_pairs(config, s)]
+        self.assertFalse(any(torch.equal(a, b) for a, b in itertools.combinations(everything, 2)))
+
+    def folder(self, root, names, kinds=("blur", "sharp"), size=(24, 20)):
+        for kind in kinds:
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            for name in names:
+                Image.new("RGB", size, "red").save(root / kind / name)
+
+    def test_pairs_match_by_name_in_every_layout(self):
+        for blur, sharp in hwdeblur.FOLDERS:
+            with tempfile.TemporaryDirectory() as root:
+                scene = Path(root) / "train" / "scene"
+                self.folder(scene, ["b.PNG", "a.png"], (blur, sharp))
+                (scene / blur / ".DS_Store").write_text("x")
+                (scene / sharp / "notes.txt").write_text("x")
+                got = [(s.parent.name, s.name, b.parent.name, b.name) for s, b in hwdeblur.list_pairs(root, "train")]
+                self.assertEqual(got, [(sharp, "a.png", blur, "a.png"), (sharp, "b.PNG", blur, "b.PNG")])
+
+    def test_a_list_file(self):
+        with tempfile.TemporaryDirectory() as root:
+            Path(root, "list.txt").write_text("x/s.png y/b.png\n\n")
+            self.assertEqual(hwdeblur.list_pairs(Path(root, "list.txt"), "test"),
+                             [(Path(root, "x/s.png"), Path(root, "y/b.png"))])
+
+    def test_orphans_unequal_sizes_and_broken_images_are_named(self):
+        with tempfile.TemporaryDirectory() as root:
+            scene = Path(root) / "test" / "s"
+            self.folder(scene, ["a.png", "b.png"])
+            (scene / "sharp" / "b.png").unlink()
+            with self.assertRaisesRegex(hwdeblur.InputError, "b.png"):
+                hwdeblur.list_pairs(root, "test")
+            Image.new("RGB", (9, 9)).save(scene / "sharp" / "b.png")
+            pairs = hwdeblur.list_pairs(root, "test")
+            with self.assertRaisesRegex(hwdeblur.InputError, "24x20.*9x9"):
+                hwdeblur.load_pair(pairs[1])
+            (scene / "sharp" / "a.png").write_bytes(b"not an image")
+            with self.assertRaisesRegex(hwdeblur.InputError, "a.png"):
+                hwdeblur.load_pair(pairs[0])
+
+
+class Weights(unittest.TestCase):
+    def test_authors_format_is_read_and_misfits_are_named(self):
+        net = small_net(enc=(1, 2, 1), dec=(2, 1, 1), middle=2)
+        with tempfile.TemporaryDirectory() as root:
+            path = Path(root) / "w.pth"
+            for content in ({"params": net.state_dict()}, dict(net.state_dict())):
+                torch.save(content, path)
+                got = hwdeblur.load_weights(path)
+                torch.testing.assert_close(got(images(1, 3, 9, 9)), net(images(1, 3, 9, 9)), rtol=0, atol=0)
+            bad = dict(net.state_dict())
+            bad["intro.bias"] = torch.zeros(9)
+            del bad["ending.weight"]
+            torch.save(bad, path)
+            with self.assertRaisesRegex(hwdeblur.InputError, "ending.weight, intro.bias"):
+                hwdeblur.load_weights(path)
+            for content in ([1, 2], {"a": torch.ones(1)}, torch.ones(3)):
+                torch.save(content, path)
+                with self.assertRaises(hwdeblur.InputError):
+                    hwdeblur.load_weights(path)
+
+
+class Deblur(unittest.TestCase):
+    def test_tiles_cover_and_meet(self):
+        identity = lambda x: x
+        for height, width in ((1, 1), (70, 33), (64, 65), (150, 64), (131, 200)):
+            image = images(3, height, width).mul(255).byte()
+            got = hwdeblur.deblur(identity, image, tile=64, overlap=16)
+            self.assertTrue(torch.equal(got, image))
+
+    def test_tiles_leave_no_seam(self):
+        """Each tile of another brightness: the picture must still change by small steps only."""
+        shades = iter(torch.linspace(0.2, 0.8, 64))
+        got = hwdeblur.deblur(lambda x: torch.full_like(x, next(shades).item()), torch.zeros(3, 200, 200).byte(),
+                              tile=64, overlap=32).float()
+        self.assertLess(max(got.diff(dim=1).abs().max(), got.diff(dim=2).abs().max()), 12)
+
+
+class Whole(unittest.TestCase):
+    """The real command, tiny, end to end."""
+    TINY = ("--made-train 6 --made-test 2 --made-size 48 --crop 32 --batch 2 --width 4 --enc 1 1 --dec 1 1 "
+            "--base-steps 3 --distill-steps 2 --evaluations 24 --candidates 2 --finetune-steps 2 --frame 32").split()
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.TemporaryDirectory()
+        cls.out = Path(cls.folder.name) / "run"
+        cls.status, cls.printed, cls.said = cls.command("--stage", "all", "--target", "paper", *cls.TINY)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.folder.cleanup()
+
+    @classmethod
+    def command(cls, *args, out=None):
+        """(status, stdout, stderr) of the command line with these flags."""
+        stdout, stderr = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            status = hwdeblur.main([*map(str, args), "--out", str(out or cls.out)])
+        return status, stdout.getvalue(), stderr.getvalue()
+
+    def refused(self, pattern, *args, out=None):
+        status, _, said = self.command(*args, out=out)
+        self.assertEqual(status, 2, said)
+        self.assertRegex(said.splitlines()[-1], pattern)
+        self.assertNotIn("Traceback", said)
+
+    def test_all_artefacts_are_there_and_the_table_is_printed(self):
+        self.assertEqual(self.status, 0, self.said)
+        self.assertEqual({p.name for p in self.out.iterdir()}, {
+            "base.pt", "saliency.json", "profile.json", "surrogates.pt", "search.json", "finetuned.pt",
+            "metrics.json", "report.md", "pareto.png", "samples.png"})
+        for word in ("blurred input", "base", "chosen", "GMACs", "PSNR"):
+            self.assertIn(word, self.printed)
+        found = json.loads((self.out / "search.json").read_text())
+        self.assertEqual(len(found["evaluations"]), 24)
+        self.assertAlmostEqual(found["evaluations"][0]["loss_db"], 0)
+        self.assertAlmostEqual(found["evaluations"][0]["penalty"], 1)
+
+    def test_the_same_seed_gives_the_same_bits(self):
+        again = Path(self.folder.name) / "again"
+        self.command("--stage", "all", "--target", "paper", *self.TINY, out=again)
+        for path in self.out.iterdir():
+            self.assertEqual(path.read_bytes(), (again / path.name).read_bytes(), path.name)
+
+    def test_the_chosen_net_scores_what_metrics_say(self):
+        tuned = torch.load(self.out / "finetuned.pt", weights_only=True)
+        net = hwdeblur.chosen_net({"finetune": tuned})
+        config = hwdeblur.Config(made_test=2, made_size=48)
+        with contextlib.redirect_stderr(io.StringIO()):
+            pairs = hwdeblur.split_pairs(config, "test")
+        values = []
+        for sharp, blur in pairs:
+            output = blocks.deploy(net)(blur[None].float() / 255).detach().clamp(0, 1).mul(255).round().div(255)
+            values.append(-10 * np.log10(((output[0] - sharp / 255) ** 2).mean().item()))
+        metrics = json.loads((self.out / "metrics.json").read_text())
+        self.assertAlmostEqual(metrics["chosen"]["psnr_db"], np.mean(values), places=2)
+
+    def test_finished_stages_are_reused_and_other_flags_refused(self):
+        before = (self.out / "base.pt").stat().st_mtime_ns
+        status, _, said = self.command("--stage", "all", "--target", "paper", *self.TINY)
+        self.assertEqual((status, (self.out / "base.pt").stat().st_mtime_ns), (0, before))
+        self.assertIn("reused", said)
+        self.refused("--base-lr 0.002, not 0.5", "--stage", "all", "--target", "paper", *self.TINY, "--base-lr", 0.5)
+
+    def test_damaged_artefacts_are_refused_by_name(self):
+        other = Path(self.folder.name) / "other"
+        other.mkdir()
+        for name, content in (("base.pt", (self.out / "base.pt").read_bytes()[:1000]), ("base.pt", b"junk"),
+                              ("base.pt", b""), ("saliency.json", b"{"), ("saliency.json", b"[]")):
+            for file in ("base.pt", "saliency.json"):
+                (other / file).write_bytes((self.out / file).read_bytes())
+            (other / name).write_bytes(content)
+            self.refused(name, "--stage", "profile", "--target", "paper", *self.TINY, out=other)
+
+    def test_bad_input_is_one_line(self):
+        empty = Path(self.folder.name) / "empty"
+        self.refused("invalid choice: 'bake'", "--stage", "bake")
+        self.refused("unrecognized.*--colour", "--stage", "all", "--colour", "red")
+        self.refused("invalid choice: 'large'", "--stage", "all", "--preset", "large")
+        self.refused("run --stage base", "--stage", "saliency", *self.TINY, out=empty)
+        self.refused("run --stage all", "--stage", "deblur", "--input", "a", "--output", "b", out=empty)
+        self.refused("no folder", "--stage", "base", *self.TINY, "--data", self.folder.name, out=empty)
+        self.refused("no file /nowhere.pth", "--stage", "base", *self.TINY, "--weights", "/nowhere.pth", out=empty)
+        self.refused("cannot be written", "--stage", "base", *self.TINY, out=__file__)
+        self.refused("step 1", "--stage", "base", *self.TINY, "--base-lr", 1e30, out=empty)
+        self.refused("--crop 99", "--stage", "base", *self.TINY, "--crop", 99, out=empty)
+        self.assertFalse((empty / "base.pt").exists())
+
+    def test_deblur_takes_any_photograph(self):
+        root = Path(self.folder.name)
+        shades = (np.arange(40 * 30).reshape(40, 30) * 50).astype(np.uint16)
+        rotated = Image.new("RGB", (30, 40), "blue")
+        exif = rotated.getexif()
+        exif[0x0112] = 6
+        kinds = {"rgb.jpg": Image.new("RGB", (33, 21)), "rgba.png": Image.new("RGBA", (33, 21)), "one.png": Image.new("RGB", (1, 1)),
+                 "grey.png": Image.new("L", (9, 30)), "palette.gif": Image.new("P", (20, 20)), "deep.png": Image.fromarray(shades)}
+        for name, image in kinds.items():
+            image.save(root / name)
+        rotated.save(root / "turned.jpg", exif=exif)
+        for name, size in {**{n: i.size for n, i in kinds.items()}, "turned.jpg": (40, 30)}.items():
+            status, _, said = self.command("--stage", "deblur", "--input", root / name, "--output", root / "out.png")
+            self.assertEqual(status, 0, said)
+            with Image.open(root / "out.png") as image:
+                self.assertEqual(image.size, size)
+        self.refused("cannot read", "--stage", "deblur", "--input", __file__, "--output", root / "o.png")
+        self.refused("unknown kind", "--stage", "deblur", "--input", root / "rgb.jpg", "--output", root / "o.xyz")
+
+    def test_real_folders_of_different_sizes(self):
+        root = Path(self.folder.name) / "data"
+        for split, sizes in (("train", ((40, 50), (36, 33), (64, 48))), ("test", ((35, 47), (50, 33)))):
+            for i, size in enumerate(sizes):
+                for kind in ("blur", "sharp"):
+                    (root / split / "s" / kind).mkdir(parents=True, exist_ok=True)
+                    Image.effect_noise(size, 30 if kind == "sharp" else 10).save(root / split / "s" / kind / f"{i}.png")
+        status, _, said = self.command("--stage", "all", "--target", "paper", *self.TINY, "--data", root,
+                                       out=Path(self.folder.name) / "real")
+        self.assertEqual(status, 0, said)
+        self.refused("smaller than the crop", "--stage", "base", *self.TINY, "--data", root, "--crop", 45,
+                     out=Path(self.folder.name) / "real2")
+
+
+class Project(unittest.TestCase):
+    def test_leaf_files_stand_alone(self):
+        allowed = {"blocks.py": {"torch"}, "search.py": {"numpy", "scipy"}, "profile_device.py": {"torch", "qai_hub"}}
+        for name, packages in allowed.items():
+            roots = set()
+            for node in ast.walk(ast.parse((HERE / name).read_text())):
+                if isinstance(node, ast.Import):
+                    roots |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    roots.add(node.module.split(".")[0])
+            self.assertLessEqual(roots - set(sys.stdlib_module_names), packages, name)
+
+    def test_leaf_files_run_alone(self):
+        for name, args in (("blocks.py", []), ("profile_device.py", ["--width", "4", "--frame", "32"])):
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder, name).write_text((HERE / name).read_text())
+                done = subprocess.run([sys.executable, name, *args], cwd=folder, capture_output=True, text=True)
+                self.assertEqual(done.returncode, 0, done.stderr)
+                self.assertIn("convolution" if args else "NAFBlock", done.stdout)
+
+    def test_requirements_are_the_five_packages(self):
+        lines = (HERE / "requirements.txt").read_text().split()
+        self.assertEqual([line.split("==")[0] for line in lines], ["torch", "numpy", "scipy", "pillow", "qai-hub"])
+        self.assertTrue(all("==" in line for line in lines))
+
+
+if __name__ == "__main__":
+    unittest.main()
