@@ -50,7 +50,7 @@ class Config:
     made_train: int = knob(256, "made pairs for training and distillation")
     made_test: int = knob(32, "made pairs for validation, and as many for testing")
     made_size: int = knob(128, "side of a made image, pixels")
-    val_pairs: int = knob(32, "most pairs carved from train to score the search and pick (II-C)")
+    val_pairs: int = knob(16, "most pairs carved from train to score the search and pick (II-C)")
     weights: str = knob("", "pre-trained NAFNet checkpoint (authors' format); empty: train one")
     width: int = knob(16, "channels of the net at full resolution (paper: 32)")
     enc: tuple = knob((1, 1, 1, 4), "blocks per encoder stage (paper: 1 1 1 28)")
@@ -228,17 +228,15 @@ FOLDERS = (("blur", "sharp"), ("blur", "gt"), ("input", "target"), ("inputC", "t
 def list_pairs(path, split):
     """[(sharp path, blur path), ...] below path/split, sorted; pairs match by name.
 
-    Sibling folders known by name (FOLDERS), wherever they stand; or `path` a text file of
-    `sharp blur` paths relative to its folder. Raises InputError naming what is missing.
+    Sibling folders known by name (FOLDERS), wherever they stand; or a text file of `sharp blur`
+    paths, one pair a line, relative to its folder: path itself, or path/split.txt. Raises InputError
+    naming what is missing.
     """
-    if Path(path).is_file():
-        pairs = [tuple(Path(path).parent / name for name in line.split())
-                 for line in Path(path).read_text().splitlines() if line.strip()]
-        wrong = [pair for pair in pairs if len(pair) != 2]
-        if wrong:
-            raise InputError(f"{path}: every line must be two paths, sharp and blurred; one has {len(wrong[0])}")
-        return pairs
-    root = Path(path) / split
+    path = Path(path)
+    listed = path if path.is_file() else path / f"{split}.txt"
+    if listed.is_file():
+        return listed_pairs(listed)
+    root = path / split
     if not root.is_dir():
         raise InputError(f"no folder {root}: --data wants {split} pairs there, say {root}/SCENE/blur and /sharp")
     pairs = []
@@ -249,6 +247,15 @@ def list_pairs(path, split):
     if not pairs:
         raise InputError(f"no pairs below {root}: it needs sibling folders such as blur and sharp")
     return sorted(pairs)
+
+
+def listed_pairs(path):
+    """The pairs of a text file of `sharp blur` paths."""
+    pairs = [tuple(path.parent / name for name in line.split())
+             for line in path.read_text().splitlines() if line.strip()]
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise InputError(f"{path}: every line must be two paths without spaces, sharp and blurred")
+    return pairs
 
 
 def match_names(sharp, blur):
@@ -299,9 +306,13 @@ def split_pairs(config, split):
     if not config.data:
         stream = ("train", "val", "test").index(split)
         count = config.made_train if split == "train" else config.made_test
-        tick = progress(f"making {split} pairs", count)
-        return [tick(i + 1) or made_pair(config.made_size, np.random.default_rng([config.seed, stream, i]))
-                for i in range(count)]
+        tick, pairs = progress(f"making {split} pairs", count), []
+        for i in range(count):
+            pairs.append(made_pair(config.made_size, np.random.default_rng([config.seed, stream, i])))
+            tick(i + 1)
+        return pairs
+    if Path(config.data).is_file():
+        raise InputError(f"--data {config.data} is a file: give the folder, with lists named train.txt and test.txt")
     if split == "test":
         return list_pairs(config.data, "test")
     pairs = list_pairs(config.data, "train")
@@ -393,6 +404,8 @@ def evaluate(net, pairs, device="cpu", with_ssim=True):
     rows = []
     for pair in pairs:
         sharp, blur = load_pair(pair)
+        if min(sharp.shape[-2:]) < 11:
+            raise InputError(f"{pair[0]} is {size_of(sharp)}: images of fewer than 11x11 pixels cannot be scored")
         output = as_batch([blur], device) if net is None else restore(net, blur, device)
         target = as_batch([sharp], device)
         rows.append((psnr(output, target).item(), ssim(output, target).item() if with_ssim else math.nan))
@@ -452,7 +465,7 @@ def load_weights(path):
         raise InputError(f"{path} holds no NAFNet state dict: it needs tensors such as intro.weight")
     try:
         net = new_net(arch_of(params), 0)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:
         raise InputError(f"{path}: its keys describe no NAFNet ({first_line(error)})") from None
     return with_params(net, params, path)
 
@@ -461,7 +474,7 @@ def with_params(net, params, path):
     """`net` with its parameters loaded, in place; InputError naming the first keys that do not fit."""
     own = net.state_dict()
     wrong = [k for k in sorted(own.keys() | params.keys())
-             if k not in own or k not in params or own[k].shape != params[k].shape]
+             if k not in own or k not in params or own[k].shape != getattr(params[k], "shape", None)]
     if wrong:
         raise InputError(f"{path}: {len(wrong)} weights are missing, unknown or of another shape, "
                          f"first {', '.join(wrong[:3])}: give weights of this architecture")
@@ -969,12 +982,12 @@ def shown(value):
 # -------------------------------------------------------------------------------- progress
 
 def progress(label, total):
-    """A function (done, note) that keeps one live line on a terminal, and about ten lines in a log."""
+    """A function (done, note) that keeps one live line on a terminal, and about five lines in a log."""
     started, live, said = time.perf_counter(), sys.stderr.isatty(), [0.0]
 
     def tick(done, note=""):
         now = time.perf_counter()
-        if done < total and (now - said[0] < 0.2 if live else done % max(1, total // 10)):
+        if done < total and (now - said[0] < 0.2 if live else done % max(1, total // 5)):
             return
         said[0] = now
         spent = now - started
