@@ -53,12 +53,12 @@ class Config:
     val_pairs: int = knob(16, "most pairs carved from train to score the search and pick (II-C)")
     weights: str = knob("", "pre-trained NAFNet checkpoint (authors' format); empty: train one")
     width: int = knob(16, "channels of the net at full resolution (paper: 32)")
-    enc: tuple = knob((1, 1, 1, 4), "blocks per encoder stage (paper: 1 1 1 28)")
+    enc: tuple = knob((1, 1, 4, 1), "blocks per encoder stage (paper: 1 1 1 28; small crops need theirs earlier)")
     middle: int = knob(1, "blocks in the middle stage")
     dec: tuple = knob((1, 1, 1, 1), "blocks per decoder stage")
-    crop: int = knob(64, "side of a training crop, pixels (NAFNet: 256)")
-    batch: int = knob(8, "crops per training step (NAFNet: 64)")
-    base_steps: int = knob(2000, "steps of base training")
+    crop: int = knob(96, "side of a training crop, pixels (NAFNet: 256)")
+    batch: int = knob(4, "crops per training step (NAFNet: 64)")
+    base_steps: int = knob(2600, "steps of base training")
     base_lr: float = knob(2e-3, "first learning rate of base training, cosine to 1e-7")
     frame: tuple = knob((256, 256), "input of the profiled net, height and width in pixels (III-A: 512)")
     target: str = knob("local", "latency table: local (this machine) or paper (its table 2)")
@@ -156,13 +156,13 @@ def dead_leaves(size, rng):
     palette = np.clip(rng.beta(0.9, 1.2, (shades, 1)) + rng.normal(0, 0.1, (1, 3))
                       + rng.normal(0, rng.uniform(0.02, 0.25), (shades, 3)), 0.01, 1)
     textures = [power_noise(size, rng) for _ in range(3)]
-    canvas = leaf_fill(size, size, palette, textures, 0.02, rng)
+    canvas = leaf_fill(size, size, palette, textures, 0.05, rng)
     count = int(10 ** rng.uniform(2.4, 3.2) * (size / 320) ** 2)
     alpha, smallest, largest = rng.uniform(1, 2), 3.0, size / 3
     radii = (smallest ** -alpha + rng.random(count) * (largest ** -alpha - smallest ** -alpha)) ** (-1 / alpha)
     for radius in radii.astype(int):
         mask = leaf_mask(int(radius), rng)
-        contrast = 0.15 if radius > 5 else 0.0
+        contrast = 0.2 if radius > 5 else 0.0
         patch = leaf_fill(mask.height, mask.width, palette, textures, contrast, rng)
         canvas.paste(patch, tuple(int(v) for v in rng.integers(-radius, size, 2)), mask)
     return np.array(canvas)
@@ -182,8 +182,8 @@ def camera_path(frames, rng):
     path = np.cumsum(path, 0)
     path -= path.mean(0)
     length = np.linalg.norm(np.ptp(path[:, :2], axis=0))
-    path[:, :2] *= rng.uniform(3, 12) / length
-    return path * np.array([1, 1, *(rng.uniform(0, (math.radians(1.5), 0.015)) / np.abs(path[:, 2:]).max(0))])
+    path[:, :2] *= rng.uniform(2.5, 12) / length
+    return path * np.array([1, 1, *(rng.uniform(0, (math.radians(2), 0.02)) / np.abs(path[:, 2:]).max(0))])
 
 
 def made_pair(size, rng, frames=24, margin=16):
@@ -193,7 +193,7 @@ def made_pair(size, rng, frames=24, margin=16):
     slightly soft as real ones are, and averaged down.
     """
     scene = torch.from_numpy(dead_leaves(2 * (size + 2 * margin), rng)).permute(2, 0, 1)
-    linear = soft_lens((scene / 255) ** 2.2, 2 * rng.uniform(0.2, 0.6))[None]
+    linear = soft_lens((scene / 255) ** 2.2, 2 * rng.uniform(0.2, 1.0))[None]
     side = linear.shape[-1]
     x, y, turn, zoom = camera_path(frames, rng).T
     c, s = (1 + zoom) * np.cos(turn), (1 + zoom) * np.sin(turn)

@@ -89,6 +89,10 @@ class Blocks(unittest.TestCase):
         expected = (net.ending(v) + F.pad(x, (0, 2, 0, 3)))[:, :, :13, :18]
         torch.testing.assert_close(net(x), expected)
 
+    def test_the_plain_form_of_the_bench_is_the_same_net(self):
+        net, x = small_net(), images(1, 3, 16, 16)
+        torch.testing.assert_close(blocks.plain_copy(net)(x), net(x), rtol=1e-4, atol=1e-4)
+
     def test_keys_of_the_released_checkpoints(self):
         keys = set(blocks.NAFNet(width=4).state_dict())
         for key in ("intro.weight", "encoders.3.27.sca.1.weight", "middle_blks.0.norm1.weight", "ups.0.0.weight",
