@@ -492,7 +492,7 @@ def new_surrogate(net, site, option, seed):
     channels = site_shapes(net, (1, 1))[site][1]
     like = net.intro.weight
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(f"{seed} {site} {option}".encode()))
+        torch.default_generator.manual_seed(zlib.crc32(f"{seed} {site} {option}".encode()))
         block = BLOCKS[option](channels)
     return block.to(device=like.device, dtype=like.dtype, memory_format=torch.channels_last)
 
@@ -507,7 +507,9 @@ def distill(net, sites, batch_at, steps, lr, seed, only=None):
     Returns (surrogates {site: {option: module in eval mode}}, losses {site: {option: one per step}}).
     """
     pairs = [(site, k) for site in sites for k in range(1, len(BLOCKS))]
-    pairs = [pair for pair in pairs if only is None or pair in set(map(tuple, only))]
+    if only is not None:
+        wanted = set(map(tuple, only))
+        pairs = [pair for pair in pairs if pair in wanted]
     students = {pair: new_surrogate(net, *pair, seed).train() for pair in pairs}
     params = [p for student in students.values() for p in student.parameters()]
     optimizer = torch.optim.AdamW(params, lr=lr) if params else None
@@ -519,7 +521,7 @@ def distill(net, sites, batch_at, steps, lr, seed, only=None):
         optimizer.zero_grad()
         for (site, option), student in students.items():
             x, y = features[site]
-            loss = F.mse_loss(student(x), y) / F.mse_loss(y, x)
+            loss = F.mse_loss(student(x), y) / F.mse_loss(y, x).clamp_min(1e-12)    # a block may do nothing
             loss.backward()
             losses[site, option].append(loss.item())
         optimizer.step()
@@ -548,7 +550,10 @@ def assemble(net, surrogates, choice):
     for site, option in choice.items():
         if option:
             stage, i = slots[site]
+            window = getattr(stage[i], "window", None)
             stage[i] = share(surrogates[site][option])
+            if hasattr(stage[i], "window"):
+                stage[i].window = window
     return new
 
 

@@ -17,6 +17,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -83,6 +84,10 @@ CHOICES = {"target": ("local", "paper"), "pick": ("best", "fastest")}
 
 def check(config):
     """Refuse, by name, values that no stage can use."""
+    if config.seed >= 2 ** 32:
+        raise InputError(f"--seed {config.seed} must be below 2^32")
+    if config.made_size < 11 or config.crop < 1:
+        raise InputError(f"--made-size {config.made_size} must be at least 11")
     free = ("seed", "base_steps", "distill_steps", "finetune_steps")
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -241,9 +246,9 @@ def list_pairs(path, split):
         raise InputError(f"no folder {root}: --data wants {split} pairs there, say {root}/SCENE/blur and /sharp")
     pairs = []
     for folder, inner, _ in os.walk(root):
-        for blur, sharp in FOLDERS:
-            if blur in inner and sharp in inner:
-                pairs += match_names(Path(folder) / sharp, Path(folder) / blur)
+        known = [names for names in FOLDERS if inner and set(names) <= set(inner)]
+        if known:
+            pairs += match_names(Path(folder) / known[0][1], Path(folder) / known[0][0])
     if not pairs:
         raise InputError(f"no pairs below {root}: it needs sibling folders such as blur and sharp")
     return sorted(pairs)
@@ -251,8 +256,11 @@ def list_pairs(path, split):
 
 def listed_pairs(path):
     """The pairs of a text file of `sharp blur` paths."""
-    pairs = [tuple(path.parent / name for name in line.split())
-             for line in path.read_text().splitlines() if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not a text file: every line must be two paths, sharp and blurred") from None
+    pairs = [tuple(path.parent / name for name in line.split()) for line in lines if line.strip()]
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise InputError(f"{path}: every line must be two paths without spaces, sharp and blurred")
     return pairs
@@ -261,8 +269,12 @@ def listed_pairs(path):
 def match_names(sharp, blur):
     """Pairs of two folders by file name without extension (and without RealBlur's folder prefix)."""
     def by_name(folder):
-        return {f.stem.removeprefix(folder.name + "_"): f for f in folder.iterdir()
-                if f.suffix.lower() in IMAGES and not f.name.startswith(".")}
+        files = [f for f in folder.iterdir() if f.suffix.lower() in IMAGES and not f.name.startswith(".")]
+        names = {f.stem.removeprefix(folder.name + "_"): f for f in files}
+        if len(names) < len(files):
+            twice = next(f for f in files if f not in names.values())
+            raise InputError(f"{twice} has the name of another image there but for its extension: remove one")
+        return names
     s, b = by_name(sharp), by_name(blur)
     for name in sorted(s.keys() ^ b.keys()):
         raise InputError(f"{s.get(name) or b.get(name)} has no partner in {blur if name in s else sharp}: "
@@ -273,7 +285,7 @@ def match_names(sharp, blur):
 def load_image(path):
     """Any image file -> RGB uint8 (3, H, W)."""
     try:
-        with Image.open(path) as image:
+        with open_photo(path) as image:
             return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read image {path} ({first_line(error)}): replace or remove it") from None
@@ -297,6 +309,28 @@ def load_pair(pair):
     return sharp, blur
 
 
+def sized_pairs(pairs, smallest, use):
+    """The pairs, once every file's header is read: both of one size, and no side below `smallest` pixels."""
+    for sharp, blur in pairs:
+        sizes = []
+        for path in (sharp, blur):
+            with open_photo(path) as image:
+                sizes.append(image.size)
+        if sizes[0] != sizes[1]:
+            raise InputError("{} is {}x{} but {} is {}x{}: pairs must be of one size".format(blur, *sizes[1], sharp, *sizes[0]))
+        if min(sizes[0]) < smallest:
+            raise InputError(f"{sharp} is {sizes[0][0]}x{sizes[0][1]}, too small to be {use}: at least {smallest} pixels a side")
+    return pairs
+
+
+def open_photo(path):
+    """A PIL image of which only the header is read yet."""
+    try:
+        return Image.open(path)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read image {path} ({first_line(error)}): replace or remove it") from None
+
+
 def size_of(image):
     return f"{image.shape[-1]}x{image.shape[-2]}"
 
@@ -314,8 +348,8 @@ def split_pairs(config, split):
     if Path(config.data).is_file():
         raise InputError(f"--data {config.data} is a file: give the folder, with lists named train.txt and test.txt")
     if split == "test":
-        return list_pairs(config.data, "test")
-    pairs = list_pairs(config.data, "train")
+        return sized_pairs(list_pairs(config.data, "test"), 11, "scored")
+    pairs = sized_pairs(list_pairs(config.data, "train"), max(11, config.crop), f"cropped at --crop {config.crop}")
     if len(pairs) < 2:
         raise InputError(f"{config.data}: {len(pairs)} training pair; at least 2, as one is kept for validation")
     order = np.random.default_rng([config.seed, 3]).permutation(len(pairs))
@@ -332,17 +366,15 @@ def crops(pairs, seed, crop, batch, device="cpu"):
 
     def batch_at(step):
         rng = np.random.default_rng([seed, step])
-        taken = [crop_pair(read(int(i)), crop, rng, pairs[int(i)]) for i in rng.integers(0, len(pairs), batch)]
+        taken = [crop_pair(read(int(i)), crop, rng) for i in rng.integers(0, len(pairs), batch)]
         return [as_batch(images, device) for images in zip(*taken)]
 
     return batch_at
 
 
-def crop_pair(pair, crop, rng, name=""):
+def crop_pair(pair, crop, rng):
     """(sharp, blur) of any size -> (blur, sharp) uint8 (3, crop, crop), moved and turned together."""
     height, width = pair[0].shape[-2:]
-    if min(height, width) < crop:
-        raise InputError(f"{name[0]} is {size_of(pair[0])}, smaller than the crop: give --crop {min(height, width)} or less")
     top, left = rng.integers(0, height - crop + 1), rng.integers(0, width - crop + 1)
     turns, flip = int(rng.integers(4)), rng.integers(2)
     window = [torch.rot90(image[:, top:top + crop, left:left + crop], turns, (1, 2)) for image in pair[::-1]]
@@ -404,8 +436,6 @@ def evaluate(net, pairs, device="cpu", with_ssim=True):
     rows = []
     for pair in pairs:
         sharp, blur = load_pair(pair)
-        if min(sharp.shape[-2:]) < 11:
-            raise InputError(f"{pair[0]} is {size_of(sharp)}: images of fewer than 11x11 pixels cannot be scored")
         output = as_batch([blur], device) if net is None else restore(net, blur, device)
         target = as_batch([sharp], device)
         rows.append((psnr(output, target).item(), ssim(output, target).item() if with_ssim else math.nan))
@@ -442,7 +472,7 @@ def train(net, batch_at, steps, lr, label="training"):
 def new_net(arch, seed):
     """An untrained NAFNet; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return blocks.NAFNet(arch["width"], tuple(arch["enc"]), arch["middle"], tuple(arch["dec"])).eval()
 
 
@@ -518,8 +548,8 @@ def stage_base(config, pairs, art, device):
         batch_at = crops(pairs("train"), config.seed, config.crop, config.batch, device)
         net = train(net, batch_at, config.base_steps, config.base_lr, "base")
     score = evaluate(net, pairs("val"), device)
-    if not math.isfinite(score["psnr_db"]):
-        raise InputError(f"base: the PSNR on validation is {score['psnr_db']}: lower --base-lr or check --weights")
+    if not finite(net) or math.isnan(score["psnr_db"]):
+        raise InputError(f"base: the net is not finite (validation {score['psnr_db']} dB): lower --base-lr or check --weights")
     params = {k: v.cpu() for k, v in net.state_dict().items()}
     return {"params": params, "arch": arch_of(params), "val": score}
 
@@ -554,10 +584,19 @@ def stage_distill(config, pairs, art, device):
     surrogates, losses = blocks.distill(base_net(art, device), art["saliency"]["sites"],
                                         lambda step: tick(step + 1) or batch_at(step),
                                         config.distill_steps, config.distill_lr, config.seed)
+    for site, row in losses.items():
+        for option, curve in row.items():
+            if not all(map(math.isfinite, curve)) or not finite(surrogates[site][option]):
+                raise InputError(f"distill: option {option} at {site} diverged: lower --distill-lr {config.distill_lr}")
     last = {site: {k: statistics.fmean(v[-10:]) if v else None for k, v in row.items()} for site, row in losses.items()}
     params = {site: {k: {name: p.cpu() for name, p in s.state_dict().items()} for k, s in row.items()}
               for site, row in surrogates.items()}
     return {"params": params, "losses": last}
+
+
+def finite(module):
+    """Whether all parameters and statistics are finite."""
+    return all(v.isfinite().all().item() for v in module.state_dict().values())
 
 
 def penalties(table, sites):
@@ -587,7 +626,8 @@ def stage_search(config, pairs, art, device):
     Y = np.array([(e.loss_db, e.penalty) for e in found])
     front = np.flatnonzero(search.pareto_mask(Y))
     order = front[np.argsort(Y[front, 1])]
-    knee = [int(order[i]) for i in search.knee(Y[order], config.candidates)]
+    swapped = [i for i in order if any(found[i].options)] or list(order)      # the base is no candidate
+    knee = [int(swapped[i]) for i in search.knee(Y[swapped], config.candidates)]
     rows = [{"options": list(map(int, e.options)), "loss_db": e.loss_db, "penalty": e.penalty,
              "latency_ms": profile_device.network_ms(table, choice_of(sites, e.options))} for e in found]
     return {"sites": sites, "evaluations": rows, "front": order.tolist(), "knee": knee, "base_val_db": base_db}
@@ -605,6 +645,8 @@ def stage_finetune(config, pairs, art, device):
         tuned.append(train(start, batch_at, config.finetune_steps, config.finetune_lr,
                            f"finetune {n + 1} of {len(found['knee'])}"))
         after = evaluate(tuned[-1], pairs("val"), device)["psnr_db"]
+        if math.isnan(after) or not finite(tuned[-1]):
+            raise InputError(f"finetune: candidate {n + 1} diverged: lower --finetune-lr {config.finetune_lr}")
         rows.append({**row, "val_before_db": found["base_val_db"] - row["loss_db"], "val_after_db": after})
     best = max(range(len(rows)), key=lambda n: rows[n]["val_after_db"] if config.pick == "best" else -rows[n]["latency_ms"])
     return {"params": {k: v.cpu() for k, v in tuned[best].state_dict().items()}, "arch": art["base"]["arch"],
@@ -649,6 +691,16 @@ def markdown(head, rows):
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
+# Table 1 as printed; fisher in 1e-6, plain in 1e-3, enc2's plain printed "2.24e".
+PAPER_TABLE_1 = {
+    "columns": ("grad_norm", "snip", "grasp", "fisher (1e-6)", "plain (1e-3)", "synflow"),
+    "enc0": (.0118, .04, .0005, 1.96, -6.95, 2.0e18), "enc1": (.0050, .03, -.0001, 2.58, -3.72, 2.3e16),
+    "enc2": (.0037, .05, .0006, 5.19, 2.24, 1.6e15), "enc3": (.0644, 1.6, -.0017, 6.23, 21.8, 2.2e17),
+    "mid": (.0008, .04, .0002, .99, .52, 2.6e12), "dec3": (.0040, .09, -.0008, 2.88, 9.48, 1.1e12),
+    "dec2": (.0086, .11, -.0019, 4.58, 7.52, 8.3e9), "dec1": (.0193, .12, .0010, 3.09, -17.01, 4.3e7),
+    "dec0": (.0195, .07, -.0002, 2.13, 8.37, 1.2e12)}
+
+
 def gain_words(metrics):
     """Speed and quality of the chosen net in one line."""
     base, chosen = metrics["base"], metrics["chosen"]
@@ -676,11 +728,12 @@ def report_text(config, art):
         "## Table 1: saliency per stage", markdown(
             ["stage", *stage, "mean rank"],
             [[s + (" (kept)" if s in kept else ""), *(f"{stage[m][s]:.3g}" for m in stage), f"{ranks[s]:.2f}"] for s in ranks]),
-        "Published: Enc3 is kept, with the best mean rank.",
+        markdown(["published", *PAPER_TABLE_1["columns"]], [[s, *row] for s, row in PAPER_TABLE_1.items() if s != "columns"]),
+        "Published: Enc3 is kept, with the best mean rank (1.33; the next is 3.83).",
         "## Table 2: latency of each option, ms", markdown(
             ["site", *(f"{i} {n}" for i, n in enumerate(names))],
             [[site, *(f"{ms:.2f}" for ms in row)] for site, row in table["sites"].items()]
-            + [["published", *(f"{ms:.0f}" for ms in profile_device.PAPER_BLOCK_MS)]]),
+            + [["published", *(f"{ms:.0f}" for ms in profile_device.PAPER_BLOCK_MS), *[""] * (len(names) - 7)][:len(names) + 1]]),
         f"Latency from: {measured}.",
         "## Front and candidates",
         f"{len(found['evaluations'])} configurations scored, {len(found['front'])} on the front. Candidates lie furthest "
@@ -859,27 +912,21 @@ def tile_starts(side, tile, overlap):
 
 
 def deblur_file(net, source, target, device):
-    """Read a photograph, restore it, write it whole or not at all; an alpha channel is kept for PNG."""
+    """Read a photograph, restore it, write it whole or not at all; PNG keeps an alpha channel."""
+    suffix = Path(target).suffix.lower()
+    if suffix not in IMAGES:
+        raise InputError(f"--output {target}: unknown kind of image; end it in .png or .jpg")
+    writable(Path(target).parent)
+    rgb = load_image(source)
     with open_photo(source) as photo:
-        upright = ImageOps.exif_transpose(photo)
-        rgb = load_image(source)
-        alpha = upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+        profile = photo.info.get("icc_profile") if photo.mode in ("RGB", "RGBA") else None
+        alpha = ImageOps.exif_transpose(photo).convert("RGBA").getchannel("A") if photo.has_transparency_data else None
     image = Image.fromarray(deblur(net, rgb, device).permute(1, 2, 0).numpy())
-    if alpha is not None and Path(target).suffix.lower() == ".png":
+    if alpha is not None and suffix == ".png":
         image.putalpha(alpha)
     stream = io.BytesIO()
-    try:
-        image.save(stream, Image.registered_extensions()[Path(target).suffix.lower()])
-    except KeyError:
-        raise InputError(f"--output {target}: unknown kind of image; end it in .png or .jpg") from None
+    image.save(stream, Image.registered_extensions()[suffix], quality=95, icc_profile=profile)
     write_file(Path(target), stream.getvalue())
-
-
-def open_photo(path):
-    try:
-        return Image.open(path)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read image --input {path} ({first_line(error)})") from None
 
 
 # -------------------------------------------------------------------------------- artefacts
@@ -1008,6 +1055,8 @@ def run(config, stage, out, device="cpu"):
     out = Path(out)
     pairs = functools.cache(lambda split: split_pairs(config, split))
     wanted = list(STAGES) if stage == "all" else [stage]
+    if config.data and stage == "all":
+        pairs("train"), pairs("test")                     # what is wrong with them is better known at once
     for name in wanted:
         path = out / STAGES[name].artefact
         if name != "report" and path.exists():
@@ -1025,7 +1074,7 @@ def run(config, stage, out, device="cpu"):
         say(f"{name}: {path} written, {time.perf_counter() - started:.1f} s")
     if wanted[-1] in ("evaluate", "report"):
         metrics = earlier(out, "evaluate", config, "report")
-        print(f"{gain_table(metrics)}\n\n{gain_words(metrics)}\n\nEverything is in {out}; read {out / 'report.md'}, then try:\n"
+        print(f"{gain_table(metrics)}\n\n{gain_words(metrics)}\n\nEverything is in {out}, the tables in report.md. Then try:\n"
               f"  python hwdeblur.py --stage deblur --out {out} --input photo.jpg --output sharp.png")
 
 
@@ -1103,12 +1152,12 @@ def main(argv=None):
         config = configuration(args)
         out = args.out or f"runs/{args.preset}"
         if args.threads is not None:
-            if args.threads < 1:
-                raise InputError(f"--threads {args.threads} must be at least 1")
+            if not 1 <= args.threads <= 1024:
+                raise InputError(f"--threads {args.threads} must be from 1 to 1024")
             torch.set_num_threads(args.threads)
         try:
-            torch.empty(0, device=args.device)
-        except (RuntimeError, AssertionError) as error:
+            torch.ones(1, device=args.device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise InputError(f"--device {args.device} is not to be had here ({first_line(error)})") from None
         if args.stage == "deblur":
             run_deblur(args.input, args.output, out, args.device)
@@ -1127,10 +1176,10 @@ def main(argv=None):
 def writable(out):
     """Refuse an output folder that cannot be written before any work is done."""
     try:
-        write_file(out / "writable", b"")
-        (out / "writable").unlink()
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
-        raise InputError(f"--out {out} cannot be written ({error.strerror}): give another folder") from None
+        raise InputError(f"folder {out} cannot be written ({error.strerror}): give another") from None
 
 
 def first_line(error):

@@ -3,7 +3,7 @@
 A latency table is a dict that goes into JSON as it is:
   sites {site: [ms of option 0, 1, ..]}, rest_ms (the net without those blocks), base_ms (the whole
   base net, measured at once), options (class names), frame [H, W], and what it was measured on.
-Latency is always that of deployed modules at batch 1. torch only: this file can be copied by itself.
+Batch 1; pass `deploy` so that latency is that of deployed modules. torch only: this file can be copied by itself.
 """
 import argparse
 import copy
@@ -82,7 +82,7 @@ def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cp
     Nothing passed in is altered. Raises ValueError for another target or option count.
     """
     frame = (frame, frame) if isinstance(frame, int) else tuple(frame)
-    blocks = {site: [net.blocks()[site], *surrogates[site].values()] for site in sites}
+    blocks = {site: [net.blocks()[site], *(surrogates[site][k] for k in sorted(surrogates[site]))] for site in sites}
     options = [type(block).__name__ for block in next(iter(blocks.values()), [])]
     if target == "paper":
         timing = paper_timing(sites, len(options))
@@ -186,7 +186,7 @@ def operators(channels):
             "channel layer norm": Operator(channel_layer_norm),
             "batch norm": nn.BatchNorm2d(channels),
             "pool, broadcast product": Operator(lambda x: x * x.mean((2, 3), keepdim=True)),
-            "gate (half channels)": Operator(lambda x: x[:, ::2] * x[:, 1::2]),
+            "gate (half channels)": Operator(lambda x: torch.mul(*x.chunk(2, dim=1))),
             "ReLU": nn.ReLU()}
 
 
@@ -198,6 +198,12 @@ def main(argv=None):
     parser.add_argument("--frame", type=int, default=256, help="side of the net's input, pixels")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
+    if args.width < 2 or args.width % 2 or args.frame < 16:
+        parser.error("--width must be even and --frame at least 16")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} is not to be had here: {str(error).splitlines()[0]}")
     shapes = [(1, args.width * 2 ** level, args.frame // 2 ** level, args.frame // 2 ** level)
               for level in range(5)]
     entries = {(name, shape): (module.eval().to(args.device, memory_format=torch.channels_last), shape)
@@ -205,7 +211,7 @@ def main(argv=None):
     times = time_together(entries, args.device)
     print(f"milliseconds on {machine(args.device)['device']}, {torch.get_num_threads()} threads")
     print(f"{'':<26}" + "".join(f"{'x'.join(map(str, shape[1:])):>14}" for shape in shapes))
-    for name in operators(1):
+    for name in operators(2):
         print(f"{name:<26}" + "".join(f"{statistics.median(times[name, s]):14.3f}" for s in shapes))
 
 

@@ -51,8 +51,10 @@ def pareto_mask(Y):
     before = np.minimum.accumulate(np.append(np.inf, y[:, 1]))[:-1]    # best objective 2 so far
     new = np.append(True, (y[1:] != y[:-1]).any(1))[:len(y)]           # equal rows share one fate
     first = np.maximum.accumulate(np.where(new, np.arange(len(y)), 0))
+    best = y[:, 1] < before
+    best[:1] = True                                                    # the first beats nothing: inf too
     mask = np.empty(len(Y), dtype=bool)
-    mask[order] = (y[:, 1] < before)[first]
+    mask[order] = best[first]
     return mask
 
 

@@ -160,8 +160,7 @@ class Blocks(unittest.TestCase):
         x = images(1, 3, 8, 8)
         torch.testing.assert_close(new(x), by_hand(x), rtol=0, atol=0)
         self.assertIs(new.intro.weight, net.intro.weight)
-        self.assertIs(new.decoders[1][0].scale if hasattr(new.decoders[1][0], "scale") else new.decoders[1][0].beta,
-                      surrogates["dec0.0"][4].beta)
+        self.assertIs(new.decoders[1][0].beta, surrogates["dec0.0"][4].beta)
         statistics = surrogates["dec0.0"][4].conv1[1].running_mean.clone()
         new.train()(x)
         self.assertTrue(torch.equal(surrogates["dec0.0"][4].conv1[1].running_mean, statistics))
@@ -329,6 +328,7 @@ class Search(unittest.TestCase):
             brute = [not any((z <= y).all() and (z < y).any() for z in Y) for y in Y]
             self.assertEqual(search.pareto_mask(Y).tolist(), brute)
         self.assertEqual(search.pareto_mask(np.zeros((0, 2))).tolist(), [])
+        self.assertEqual(search.pareto_mask([[0, np.inf], [0, np.inf], [1, 2]]).tolist(), [True, True, True])
 
     def test_hypervolume_by_counting_cells(self):
         for _ in range(100):
@@ -550,6 +550,24 @@ class Data(unittest.TestCase):
                 got = [(s.parent.name, s.name, b.parent.name, b.name) for s, b in hwdeblur.list_pairs(root, "train")]
                 self.assertEqual(got, [(sharp, "a.png", blur, "a.png"), (sharp, "b.PNG", blur, "b.PNG")])
 
+    def test_one_layout_per_scene_and_no_name_twice(self):
+        with tempfile.TemporaryDirectory() as root:
+            scene = Path(root) / "train" / "scene"
+            self.folder(scene, ["a.png"], ("blur", "sharp", "gt"))
+            self.assertEqual(len(hwdeblur.list_pairs(root, "train")), 1)
+            self.folder(scene, ["a.bmp"], ("blur", "sharp"))
+            with self.assertRaisesRegex(hwdeblur.InputError, "extension"):
+                hwdeblur.list_pairs(root, "train")
+
+    def test_a_folder_is_split_without_overlap(self):
+        with tempfile.TemporaryDirectory() as root:
+            for split in ("train", "test"):
+                self.folder(Path(root) / split / "s", [f"{i}.png" for i in range(9)])
+            config = hwdeblur.Config(data=root, crop=16)
+            train, val, test = (set(hwdeblur.split_pairs(config, s)) for s in ("train", "val", "test"))
+            self.assertEqual((len(train | val), len(val), len(test)), (9, 1, 9))
+            self.assertFalse(train & val or (train | val) & test)
+
     def test_a_list_file(self):
         with tempfile.TemporaryDirectory() as root:
             Path(root, "list.txt").write_text("x/s.png y/b.png\n\n")
@@ -689,7 +707,7 @@ class Whole(unittest.TestCase):
             self.refused(name, "--stage", "profile", "--target", "paper", *self.TINY, out=other)
 
     def test_bad_input_is_one_line(self):
-        empty = Path(self.folder.name) / "empty"
+        empty, other = (Path(self.folder.name) / name for name in ("empty", "second"))
         self.refused("invalid choice: 'bake'", "--stage", "bake")
         self.refused("unrecognized.*--colour", "--stage", "all", "--colour", "red")
         self.refused("invalid choice: 'large'", "--stage", "all", "--preset", "large")
@@ -699,6 +717,9 @@ class Whole(unittest.TestCase):
         self.refused("no file /nowhere.pth", "--stage", "base", *self.TINY, "--weights", "/nowhere.pth", out=empty)
         self.refused("cannot be written", "--stage", "base", *self.TINY, out=__file__)
         self.refused("step 1", "--stage", "base", *self.TINY, "--base-lr", 1e30, out=empty)
+        self.refused("distill.*diverged", "--stage", "all", "--target", "paper", *self.TINY, "--distill-lr", "1e30", out=other)
+        self.refused("finetune.*diverged", "--stage", "all", "--target", "paper", *self.TINY, "--finetune-steps", 1,
+                     "--finetune-lr", "1e30", out=Path(self.folder.name) / "third")
         self.refused("--crop 99", "--stage", "base", *self.TINY, "--crop", 99, out=empty)
         self.assertFalse((empty / "base.pt").exists())
 
@@ -719,6 +740,22 @@ class Whole(unittest.TestCase):
             with Image.open(root / "out.png") as image:
                 self.assertEqual(image.size, size)
         self.refused("cannot read", "--stage", "deblur", "--input", __file__, "--output", root / "o.png")
+        deep = hwdeblur.load_image(root / "deep.png")[0].numpy()
+        self.assertLessEqual(np.abs(deep - shades / 257).max(), 0.5)
+        half = Image.new("RGB", (4, 2), "red")
+        half.paste("blue", (2, 0, 4, 2))
+        exif[0x0112] = 6                          # the camera was turned: row 0 of the file is the right edge
+        half.save(root / "half.png", exif=exif)
+        upright = hwdeblur.load_image(root / "half.png")
+        self.assertEqual(tuple(upright.shape), (3, 4, 2))
+        self.assertEqual((upright[0, 0, 0].item(), upright[2, 3, 1].item()), (255, 255))
+        clear = Image.new("RGBA", (9, 5), (10, 20, 30, 77))
+        clear.save(root / "clear.png")
+        self.command("--stage", "deblur", "--input", root / "clear.png", "--output", root / "out.png")
+        with Image.open(root / "out.png") as image:
+            self.assertEqual(image.getchannel("A").getextrema(), (77, 77))
+        (root / "cut.jpg").write_bytes((root / "rgb.jpg").read_bytes()[:400])
+        self.refused("cannot read image .*cut.jpg", "--stage", "deblur", "--input", root / "cut.jpg", "--output", root / "o.png")
         self.refused("unknown kind", "--stage", "deblur", "--input", root / "rgb.jpg", "--output", root / "o.xyz")
 
     def test_real_folders_of_different_sizes(self):
@@ -731,7 +768,7 @@ class Whole(unittest.TestCase):
         status, _, said = self.command("--stage", "all", "--target", "paper", *self.TINY, "--data", root,
                                        out=Path(self.folder.name) / "real")
         self.assertEqual(status, 0, said)
-        self.refused("smaller than the crop", "--stage", "base", *self.TINY, "--data", root, "--crop", 45,
+        self.refused("too small to be cropped at --crop 45", "--stage", "base", *self.TINY, "--data", root, "--crop", 45,
                      out=Path(self.folder.name) / "real2")
 
 
