@@ -59,7 +59,7 @@ class Config:
     dec: tuple = knob((1, 1, 1, 1), "blocks per decoder stage")
     crop: int = knob(96, "side of a training crop, pixels (NAFNet: 256)")
     batch: int = knob(4, "crops per training step (NAFNet: 64)")
-    base_steps: int = knob(2600, "steps of base training")
+    base_steps: int = knob(2800, "steps of base training")
     base_lr: float = knob(2e-3, "first learning rate of base training, cosine to 1e-7")
     frame: tuple = knob((256, 256), "input of the profiled net, height and width in pixels (III-A: 512)")
     target: str = knob("local", "latency table: local (this machine) or paper (its table 2)")
@@ -139,14 +139,23 @@ def leaf_mask(radius, rng):
     return mask
 
 
+def leaf_colour(palette, rng):
+    """One of the palette's colours, a little varied: (3,) in [0, 1]."""
+    return np.clip(palette[rng.integers(len(palette))] + rng.normal(0, 0.06, 3), 0, 1)
+
+
 def leaf_fill(height, width, palette, textures, contrast, rng):
-    """A patch (height, width, 3) uint8: one colour, a linear ramp of light, a crop of a texture."""
-    colour = np.clip(palette[rng.integers(len(palette))] + rng.normal(0, 0.06, 3), 0, 1)
+    """A patch (height, width, 3) of 8 bits: one colour, a linear ramp of light, a crop of a texture.
+
+    The ramp changes by about a quarter across the patch and is zero at half the scene's side from its
+    corner, so that many small patches saturate: the deep shadows and highlights that photographs have.
+    """
+    colour = leaf_colour(palette, rng)
     texture = textures[rng.integers(len(textures))]
     top, left = rng.integers(0, texture.shape[0] - height + 1), rng.integers(0, texture.shape[1] - width + 1)
     texture = texture[top:top + height, left:left + width] * rng.exponential(contrast)
-    slope = rng.normal(0, 0.25, 2) / textures[0].shape[0]
-    ramp = np.add.outer(slope[0] * np.arange(height), slope[1] * np.arange(width))
+    slope, middle = rng.normal(0, 0.25, 2) / (height, width), textures[0].shape[0] / 2
+    ramp = np.add.outer(slope[0] * (np.arange(height) - middle), slope[1] * (np.arange(width) - middle))
     shade = np.clip(colour * (1 + ramp + texture)[..., None], 0, 1)
     return Image.fromarray((shade * 255 + 0.5).astype(np.uint8))
 
@@ -167,8 +176,10 @@ def dead_leaves(size, rng):
     radii = (smallest ** -alpha + rng.random(count) * (largest ** -alpha - smallest ** -alpha)) ** (-1 / alpha)
     for radius in radii.astype(int):
         mask = leaf_mask(int(radius), rng)
-        contrast = 0.2 if radius > 5 else 0.0
-        patch = leaf_fill(mask.height, mask.width, palette, textures, contrast, rng)
+        if radius > 5:
+            patch = leaf_fill(mask.height, mask.width, palette, textures, 0.2, rng)
+        else:
+            patch = tuple(int(255 * v) for v in leaf_colour(palette, rng))
         canvas.paste(patch, tuple(int(v) for v in rng.integers(-radius, size, 2)), mask)
     return np.array(canvas)
 
@@ -187,8 +198,8 @@ def camera_path(frames, rng):
     path = np.cumsum(path, 0)
     path -= path.mean(0)
     length = np.linalg.norm(np.ptp(path[:, :2], axis=0))
-    path[:, :2] *= rng.uniform(2.5, 12) / length
-    return path * np.array([1, 1, *(rng.uniform(0, (math.radians(2), 0.02)) / np.abs(path[:, 2:]).max(0))])
+    path[:, :2] *= rng.uniform(2, 13) / length
+    return path * np.array([1, 1, *(rng.uniform(0, (math.radians(1.5), 0.015)) / np.abs(path[:, 2:]).max(0))])
 
 
 def made_pair(size, rng, frames=24, margin=16):
@@ -827,6 +838,7 @@ def pareto_picture(found, tuned):
         for row in members:
             marker(draw, kind, *at(row), int(size), colour)
     hidden = sum(row["loss_db"] > top for row in rows)
+    draw.rectangle((box[2] - 352 * scale, box[1] + 6 * scale, box[2] - 6 * scale, box[1] + 144 * scale), fill="white")
     legend = [("dot", GREY, f"scored ({len(rows)}, of which {hidden} above the plot)", [], r)] + groups
     for i, (kind, colour, label, _, size) in enumerate(legend):
         y = box[1] + (22 + 26 * i) * scale
