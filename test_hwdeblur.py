@@ -13,12 +13,14 @@ import subprocess
 import sys
 import tempfile
 import unittest
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.integrate import trapezoid
 from scipy.stats import multivariate_normal
 from torch import nn
 
@@ -357,6 +359,15 @@ class Search(unittest.TestCase):
             self.assertAlmostEqual(np.mean(gains), search.mc_ehvi(mean, std, draws[:4000], boxes)[i], places=10)
             self.assertLess(abs(exact[i] - sampled[i]), 5 * np.std(gains) / np.sqrt(len(draws)) + 1e-12)
 
+    def test_ehvi_by_quadrature(self):
+        Y, ref, mean, std = self.rng.random((4, 2)), (1.0, 1.1), np.array([[0.4, 0.5]]), np.array([[0.2, 0.3]])
+        volume, normal = search.hypervolume(Y, ref), multivariate_normal(mean[0], np.diag(std[0] ** 2))
+        steps = [np.linspace(m - 8 * s, r, 400) for m, s, r in zip(mean[0], std[0], ref)]
+        gain = [[(search.hypervolume(np.vstack([Y, (a, b)]), ref) - volume) * normal.pdf((a, b)) for b in steps[1][::4]]
+                for a in steps[0][::4]]
+        expected = trapezoid(trapezoid(gain, steps[1][::4]), steps[0][::4])
+        self.assertAlmostEqual(search.exact_ehvi(mean, std, search.free_boxes(Y, ref))[0], expected, places=4)
+
     def test_ehvi_of_a_known_point_is_its_improvement(self):
         Y, ref = np.array([[0.2, 0.8], [0.6, 0.3]]), np.array([1.0, 1.0])
         mean, std = np.array([[0.3, 0.4], [0.7, 0.9]]), np.zeros((2, 2))
@@ -393,6 +404,40 @@ class Search(unittest.TestCase):
                    for e in np.eye(5)]
         np.testing.assert_allclose(search.log_evidence(p, D, y)[1], numeric, rtol=1e-5, atol=1e-6)
 
+    def test_warp_and_its_derivative(self):
+        y = np.linspace(-2, 9, 12)
+        for power in (-0.7, -1e-3, 0.0, 0.4, 1.0, 1.5):
+            g, slope = search.warp(y, power)
+            np.testing.assert_allclose(search.unwarp(g, power), y, atol=1e-9)
+            numeric = (search.warp(y, power + 1e-5)[0] - search.warp(y, power - 1e-5)[0]) / 2e-5
+            np.testing.assert_allclose(slope, numeric, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(search.warp(y, 1.0)[0], search.UNIT * (10 ** (y / 10) - 1))
+        self.assertTrue(np.isfinite(search.unwarp(np.array([-1e9, 1e9]), -0.5)).all())
+
+    def test_warped_evidence_is_a_density_and_has_its_gradient(self):
+        X, y = self.rng.integers(0, 4, (10, 3)), self.rng.uniform(0, 6, 10)
+        p, h, D = np.array([*np.log([.3, .6, 1.1, .9, .05]), 0.6]), 1e-6, search.distances(X, X, "overlap")
+        numeric = [(search.warped_evidence(p + h * e, D, y)[0] - search.warped_evidence(p - h * e, D, y)[0]) / (2 * h)
+                   for e in np.eye(6)]
+        np.testing.assert_allclose(search.warped_evidence(p, D, y)[1], numeric, rtol=1e-5, atol=1e-6)
+        g = search.warp(y, 0.6)[0]
+        slopes = (search.warp(y + h, 0.6)[0] - search.warp(y - h, 0.6)[0]) / (2 * h) * y.std()      # of y / its deviation
+        K = .9 * np.exp(-np.tensordot([.3, .6, 1.1], D, 1)) + .05 * np.eye(10)
+        expected = multivariate_normal(np.full(10, g.mean()), g.std() ** 2 * K).logpdf(g) + np.log(slopes).sum()
+        self.assertAlmostEqual(search.warped_evidence(p, D, y)[0], expected, places=6)
+
+    def test_the_power_of_the_warp_is_found(self):
+        X = self.rng.integers(0, 4, (60, 4))
+        error = 0.3 * self.rng.random((4, 4))
+        y = 10 * np.log10(1 + sum(error[i, X[:, i]] for i in range(4)))
+        stacked = (0.5 * X).sum(1) ** 2 / 4
+        self.assertGreater(search.gp_fit(X, y, warped=True).power, 0.5)
+        self.assertLess(search.gp_fit(X, stacked, warped=True).power, 0)
+        for unit in (1e-6, 1e4):                                        # whatever the unit, nothing overflows
+            mean, std = search.gp_predict(search.gp_fit(X, unit * stacked, warped=True), X)
+            self.assertGreater(np.corrcoef(mean, stacked)[0, 1], 0.98)
+            self.assertTrue(np.isfinite(std).all())
+
     def test_gp_takes_constants_repeats_and_single_points(self):
         for X, y in (([[0, 1]], [2.0]), ([[0, 1], [1, 1], [0, 0]], [3.0] * 3), ([[0, 1]] * 4, [1.0, 1.0, 2.0, 2.0])):
             mean, std = search.gp_predict(search.gp_fit(X, y), [[0, 1], [5, 5]])
@@ -419,8 +464,47 @@ class Search(unittest.TestCase):
     def test_search_exhausts_a_small_space_and_stops(self):
         losses, penalty = self.problem(2, 3)
         for kernel in ("overlap", "rbf"):
-            found = search.search(lambda o: losses[o], penalty, 50, np.random.default_rng(0), kernel=kernel)
+            with self.assertWarnsRegex(UserWarning, "all 9 configurations"):
+                found = search.search(lambda o: losses[o], penalty, 50, np.random.default_rng(0), kernel=kernel)
             self.assertEqual(sorted(e.options for e in found), list(itertools.product(range(3), repeat=2)))
+
+    def test_spaces_of_any_shape(self):
+        for sizes in ((5,), (2, 2, 2), (1, 6, 3), (1,)):
+            losses, penalty = -self.rng.random(sizes), [self.rng.random(k) for k in sizes]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = search.search(lambda o: losses[o], penalty, 99, np.random.default_rng(0))
+            self.assertEqual(sorted(e.options for e in found), list(np.ndindex(sizes)))
+        flat = search.search(lambda o: 0.0, [np.ones(4)] * 3, 40, np.random.default_rng(0))
+        self.assertEqual(len({e.options for e in flat}), 40)
+
+    def test_an_option_of_infinite_penalty_is_never_proposed(self):
+        losses, penalty = self.problem()
+        penalty[1][2] = penalty[3][0] = np.inf
+        found = search.search(lambda o: losses[o], penalty, 60, np.random.default_rng(0))
+        self.assertTrue(all(e.options[1] != 2 and e.options[3] != 0 for e in found))
+        for bad in (np.full(4, np.inf), [1, np.nan]):
+            with self.assertRaisesRegex(ValueError, "finite penalty"):
+                search.search(lambda o: 0.0, [bad, np.ones(2)], 5, np.random.default_rng(0))
+
+    def test_batches_are_proposed_at_once_and_survive_a_cut(self):
+        losses, penalty = self.problem()
+        sizes = []
+
+        def parallel(score, proposals):
+            sizes.append(len(proposals))
+            return [score(o) for o in proposals]
+
+        def run(**more):
+            return search.search(lambda o: losses[o], penalty, 35, np.random.default_rng(3), batch=4, **more)
+
+        whole = run(map=parallel)
+        self.assertEqual(sizes, [22, 4, 4, 4, 1])
+        self.assertEqual(len({e.options for e in whole}), 35)
+        for cut in (7, 22, 25, 26, 33):
+            self.assertEqual(run(history=whole[:cut]), whole)
+        one = search.search(lambda o: losses[o], penalty, 23, np.random.default_rng(3))
+        self.assertEqual(one, whole[:23])
 
     def test_search_beats_random_on_a_known_front(self):
         losses, penalty = self.problem(5, 5)
