@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -622,26 +623,56 @@ def penalties(table, sites):
 def stage_search(config, pairs, art, device):
     """Section II-C: Bayesian search over all configurations, scored by plug-and-play forward passes."""
     net, sites, table = base_net(art, device), art["saliency"]["sites"], art["profile"]
-    surrogates = restored_surrogates(art, net, config.seed)
+    surrogates, penalty = restored_surrogates(art, net, config.seed), penalties(table, sites)
     val = [load_pair(p) for p in pairs("val")]
     base_db = evaluate(net, val, device, with_ssim=False)["psnr_db"]
-    tick, scored = progress("search", config.evaluations), []
 
     def score(options):
         candidate = blocks.assemble(net, surrogates, choice_of(sites, options)).eval()
-        scored.append(base_db - evaluate(candidate, val, device, with_ssim=False)["psnr_db"])
-        tick(len(scored), f"{scored[-1]:+.2f} dB")
-        return scored[-1]
+        return base_db - evaluate(candidate, val, device, with_ssim=False)["psnr_db"]
 
-    found = search.search(score, penalties(table, sites), config.evaluations, np.random.default_rng(config.seed))
+    with warnings.catch_warnings(record=True) as ended:
+        found = search.search(watched(score, penalty, config.evaluations), penalty, config.evaluations,
+                              np.random.default_rng(config.seed))
+    for warning in ended:
+        say(str(warning.message))
     Y = np.array([(e.loss_db, e.penalty) for e in found])
-    front = np.flatnonzero(search.pareto_mask(Y))
-    order = front[np.argsort(Y[front, 1])]
-    swapped = [i for i in order if any(found[i].options)] or list(order)      # the base is no candidate
-    knee = [int(swapped[i]) for i in search.knee(Y[swapped], config.candidates)]
+    front = front_of(Y)
+    swapped = [i for i in front if any(found[i].options)] or front            # the base is no candidate
+    knee = [swapped[i] for i in search.knee(Y[swapped], config.candidates)]
     rows = [{"options": list(map(int, e.options)), "loss_db": e.loss_db, "penalty": e.penalty,
              "latency_ms": profile_device.network_ms(table, choice_of(sites, e.options))} for e in found]
-    return {"sites": sites, "evaluations": rows, "front": order.tolist(), "knee": knee, "base_val_db": base_db}
+    return {"sites": sites, "evaluations": rows, "front": front, "knee": knee, "base_val_db": base_db,
+            "taken_back": [taken_back(found[i], sites, table, score) for i in knee]}
+
+
+def watched(score, penalty, total):
+    """`score` with a line of progress: front size and hypervolume so far, with the search's own reference."""
+    tick, done = progress("search", total), []
+
+    def scored(options):
+        done.append(search.Evaluation(options, score(options), search.total_penalty(penalty, options)))
+        Y = np.array([(e.loss_db, e.penalty) for e in done])
+        volume = search.hypervolume(Y, search.default_ref(done, penalty))
+        tick(len(done), f"front {search.pareto_mask(Y).sum()}, hypervolume {volume:.3f}")
+        return done[-1].loss_db
+
+    return scored
+
+
+def front_of(Y):
+    """Indices of the Pareto front of Y (n, 2), ascending in objective 2."""
+    front = np.flatnonzero(search.pareto_mask(Y))
+    return front[np.argsort(Y[front, 1], kind="stable")].tolist()
+
+
+def taken_back(evaluation, sites, table, score):
+    """What each swap of a configuration costs in dB and saves in ms, measured by taking it back alone."""
+    swapped = {site: option for site, option in zip(sites, evaluation.options) if option}
+    cost = {site: evaluation.loss_db - score(tuple(0 if s == site else o for s, o in zip(sites, evaluation.options)))
+            for site in swapped}
+    return {"cost_db": cost, "saved_ms": {site: table["sites"][site][0] - table["sites"][site][option]
+                                          for site, option in swapped.items()}}
 
 
 def stage_finetune(config, pairs, art, device):
@@ -776,18 +807,35 @@ def predicted_error(row):
     return f"{row['predicted_ms']:.1f}", f"{row['latency_ms']:.1f}", f"{row['predicted_ms'] / row['latency_ms'] - 1:+.1%}"
 
 
-# Okabe & Ito's colours, apart for every kind of colour vision; shapes differ as well, for print.
-INK, GREY, BLUE, ORANGE, GREEN = "#222222", "#b0b0b0", "#0072b2", "#d55e00", "#009e73"
+# Okabe & Ito's colours, apart for every kind of colour vision; shapes and widths differ as well, for print.
+INK, GREY, SKY, BLUE, ORANGE, GREEN = "#222222", "#b0b0b0", "#56b4e9", "#0072b2", "#d55e00", "#009e73"
+ZOOM = 2                                          # pictures are drawn at twice their size, then averaged down
+
+
+class Plot(NamedTuple):
+    """A plot area: its pixel box (left, top, right, bottom) and the ranges of x and y that it shows."""
+    box: tuple
+    x: tuple
+    y: tuple
+
+    def at(self, row):
+        """Pixels of a configuration's (latency_ms, loss_db); y grows upwards."""
+        left, top, right, bottom = self.box
+        x, y = ((value - low) / (high - low) for value, (low, high) in
+                ((row["latency_ms"], self.x), (row["loss_db"], self.y)))
+        return left + x * (right - left), bottom - y * (bottom - top)
 
 
 def marker(draw, kind, x, y, r, colour):
-    """A dot, square, ring or diamond of radius r."""
+    """A dot, square, ring, diamond or line of radius r pixels."""
     if kind == "diamond":
         draw.polygon([(x, y - 1.4 * r), (x + 1.4 * r, y), (x, y + 1.4 * r), (x - 1.4 * r, y)], fill=colour, outline="white")
     elif kind == "square":
         draw.rectangle((x - r, y - r, x + r, y + r), fill=colour, outline="white")
     elif kind == "ring":
         draw.ellipse((x - r, y - r, x + r, y + r), outline=colour, width=max(2, r // 3))
+    elif kind == "line":
+        draw.line((x - 6 * ZOOM, y, x + 6 * ZOOM, y), fill=colour, width=int(r))
     else:
         draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
 
@@ -800,53 +848,74 @@ def ticks(low, high, most=6):
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
 
 
+def draw_axes(draw, plot, x_label, y_label):
+    """Grid, numbers, frame and labels."""
+    left, top, right, bottom = plot.box
+    font, small = ImageFont.load_default(18 * ZOOM), ImageFont.load_default(15 * ZOOM)
+    for value in ticks(*plot.x):
+        x = plot.at({"latency_ms": value, "loss_db": 0})[0]
+        draw.line((x, top, x, bottom), fill="#eeeeee", width=ZOOM)
+        draw.text((x, bottom + 8 * ZOOM), f"{value:g}", INK, small, anchor="ma")
+    for value in ticks(*plot.y):
+        y = plot.at({"latency_ms": 0, "loss_db": value})[1]
+        draw.line((left, y, right, y), fill="#eeeeee", width=ZOOM)
+        draw.text((left - 8 * ZOOM, y), f"{value:.3g}", INK, small, anchor="rm")
+    draw.rectangle(plot.box, outline=INK, width=ZOOM)
+    draw.text(((left + right) / 2, bottom + 52 * ZOOM), x_label, INK, font, anchor="mm")
+    draw.text((left, top - 24 * ZOOM), y_label, INK, font, anchor="lm")
+
+
+def staircase(plot, members):
+    """Corner points of what a front (ascending in latency) dominates, from the top of the plot to its right side."""
+    corners, previous = [], plot.y[1]
+    for row in members:
+        corners += [{**row, "loss_db": previous}, row]
+        previous = row["loss_db"]
+    corners.append({"latency_ms": plot.x[1], "loss_db": previous})
+    return [plot.at(corner) for corner in corners]
+
+
 def pareto_picture(found, tuned):
-    """The search as a PIL image: PSNR loss over predicted latency, front, base, candidates, chosen."""
-    rows, scale = found["evaluations"], 2
-    front = [rows[i] for i in found["front"]]
-    xs = [r["latency_ms"] for r in rows]
-    top = max(1.5 * max(r["loss_db"] for r in front), 0.1)
-    bottom = min(0.0, min(r["loss_db"] for r in front)) - 0.06 * top
-    left, right = min(xs) - 0.04 * (np.ptp(xs) or 1), max(xs) + 0.04 * (np.ptp(xs) or 1)
-    w, h = 900 * scale, 600 * scale
-    box = (90 * scale, 50 * scale, w - 30 * scale, h - 80 * scale)
-    image = Image.new("RGB", (w, h), "white")
-    draw, font, small = ImageDraw.Draw(image), ImageFont.load_default(18 * scale), ImageFont.load_default(15 * scale)
-
-    def at(row):
-        x = box[0] + (row["latency_ms"] - left) / (right - left) * (box[2] - box[0])
-        return x, box[3] - (min(row["loss_db"], top) - bottom) / (top - bottom) * (box[3] - box[1])
-
-    for value in ticks(left, right):
-        x = at({"latency_ms": value, "loss_db": 0})[0]
-        draw.line((x, box[1], x, box[3]), fill="#eeeeee", width=scale)
-        draw.text((x, box[3] + 8 * scale), f"{value:g}", INK, small, anchor="ma")
-    for value in ticks(bottom, top):
-        y = at({"latency_ms": left, "loss_db": value})[1]
-        draw.line((box[0], y, box[2], y), fill="#eeeeee", width=scale)
-        draw.text((box[0] - 8 * scale, y), f"{value:.3g}", INK, small, anchor="rm")
-    draw.rectangle(box, outline=INK, width=scale)
-    r = 5 * scale
-    for row in rows:
-        if row["loss_db"] <= top:
-            marker(draw, "dot", *at(row), r * 0.7, GREY)
-    draw.line([at(row) for row in front], fill=BLUE, width=2 * scale)
-    groups = [("dot", BLUE, "Pareto front", front, r), ("ring", GREEN, "knee candidates", tuned["candidates"], 2 * r),
+    """The search as a PIL image: PSNR loss over predicted latency; how its front grew, base, candidates, chosen."""
+    rows = found["evaluations"]
+    Y = np.array([(row["loss_db"], row["penalty"]) for row in rows])
+    design = min(len(rows), search.INITIAL + 2)
+    counts = (design, (design + len(rows)) // 2, len(rows))
+    fronts = [[rows[i] for i in front_of(Y[:n])] for n in counts]
+    xs, losses = [row["latency_ms"] for row in rows], [row["loss_db"] for row in fronts[-1]]
+    top, margin = max(1.5 * max(losses), 0.1), 0.04 * (np.ptp(xs) or 1)
+    plot = Plot((90 * ZOOM, 50 * ZOOM, 870 * ZOOM, 520 * ZOOM), (min(xs) - margin, max(xs) + margin),
+                (min(0.0, *losses) - 0.06 * top, top))
+    image = Image.new("RGB", (900 * ZOOM, 600 * ZOOM), "white")
+    draw, r = ImageDraw.Draw(image), 5 * ZOOM
+    draw_axes(draw, plot, "predicted latency of the whole net, ms",
+              "PSNR loss against the base net on validation, dB (lower left is better)")
+    shown_rows = [row for row in rows if row["loss_db"] <= top]
+    for row in shown_rows:
+        marker(draw, "dot", *plot.at(row), r * 0.7, GREY)
+    lines = list(zip((SKY, GREEN, BLUE), (1, 2, 3), fronts, counts))
+    for colour, width, members, _ in lines:
+        draw.line(staircase(plot, [row for row in members if row["loss_db"] <= top]), fill=colour, width=width * ZOOM)
+    groups = [("dot", BLUE, "final front", fronts[-1], r), ("ring", INK, "knee candidates", tuned["candidates"], 2 * r),
               ("square", INK, "base net", rows[:1], 1.4 * r),
               ("diamond", ORANGE, "chosen (before fine-tuning)", [tuned["candidates"][tuned["picked"]]], 1.5 * r)]
     for kind, colour, _, members, size in groups:
         for row in members:
-            marker(draw, kind, *at(row), int(size), colour)
-    hidden = sum(row["loss_db"] > top for row in rows)
-    draw.rectangle((box[2] - 352 * scale, box[1] + 6 * scale, box[2] - 6 * scale, box[1] + 144 * scale), fill="white")
-    legend = [("dot", GREY, f"scored ({len(rows)}, of which {hidden} above the plot)", [], r)] + groups
-    for i, (kind, colour, label, _, size) in enumerate(legend):
-        y = box[1] + (22 + 26 * i) * scale
-        marker(draw, kind, box[2] - 330 * scale, y, int(size), colour)
-        draw.text((box[2] - 308 * scale, y), label, INK, small, anchor="lm")
-    draw.text(((box[0] + box[2]) / 2, h - 28 * scale), "predicted latency of the whole net, ms", INK, font, anchor="mm")
-    draw.text((box[0], 26 * scale), "PSNR loss against the base net on validation, dB (lower left is better)", INK, font, anchor="lm")
-    return image.resize((w // scale, h // scale), Image.LANCZOS)
+            marker(draw, kind, *plot.at(row), int(size), colour)
+    draw_legend(draw, plot, [("dot", GREY, f"scored ({len(rows)}, {len(rows) - len(shown_rows)} above the plot)", r * 0.7)]
+                + [("line", colour, f"front after {n}", width * ZOOM) for colour, width, _, n in lines]
+                + [(kind, colour, label, size) for kind, colour, label, _, size in groups])
+    return image.resize((900, 600), Image.LANCZOS)
+
+
+def draw_legend(draw, plot, entries):
+    """(kind, colour, label, size) entries at the top right."""
+    right, top, font = plot.box[2], plot.box[1], ImageFont.load_default(15 * ZOOM)
+    draw.rectangle((right - 300 * ZOOM, top + 6 * ZOOM, right - 6 * ZOOM, top + (14 + 24 * len(entries)) * ZOOM), fill="white")
+    for i, (kind, colour, label, size) in enumerate(entries):
+        y = top + (22 + 24 * i) * ZOOM
+        marker(draw, kind, right - 280 * ZOOM, y, int(size), colour)
+        draw.text((right - 262 * ZOOM, y), label, INK, font, anchor="lm")
 
 
 def samples_picture(pairs, base, chosen, device, count=4, crop=96, zoom=3):
