@@ -895,8 +895,9 @@ def test_tables(tests, gmacs, frame):
             rows += [[f"{net}, here", *(test_cell(column, net, tests, gmacs) for column in columns)]
                      for net in tests[names[0]] if net != "pairs"]
             sizes = ", ".join(f"{name} {tests[name]['pairs']} pairs" for name in names)
+            macs = f"; GMACs at {'x'.join(map(str, frame))}" if "GMACs" in columns else ""
             parts += [f"## Table {title}: PSNR dB/SSIM on further test sets", markdown(["", *columns], rows),
-                      f"Rows marked published are the paper's own figures. Here: {sizes}; GMACs at {'x'.join(map(str, frame))}."]
+                      f"Rows marked published are the paper's own figures. Here: {sizes}{macs}."]
     return parts
 
 
