@@ -282,15 +282,16 @@ def pairs_below(root):
     """The pairs of a text file, or of all sibling folders known by name (FOLDERS) below a folder, sorted."""
     if root.is_file():
         return listed_pairs(root)
-    pairs = []
+    pairs, layouts = [], [tuple(name.lower() for name in names) for names in FOLDERS]
     for folder, inner, _ in os.walk(root):
         inner[:] = [name for name in inner if not name.startswith(".")]
         here = {name.lower(): Path(folder) / name for name in inner}
-        known = [[here[name.lower()] for name in names] for names in FOLDERS if {n.lower() for n in names} <= here.keys()]
-        if known:
-            blur, sharp = known[0]
-            pairs += match_names(sharp, blur)
-        for name in () if known else sorted({n.lower() for names in FOLDERS for n in names} & here.keys()):
+        whole = [names for names in layouts if here.keys() >= set(names)]
+        if whole:
+            blur, sharp = whole[0]
+            pairs += match_names(here[sharp], here[blur])
+            continue
+        for name in sorted(set(sum(layouts, ())) & here.keys()):
             if images_in(here[name]):
                 raise InputError(f"{here[name]} has images but no folder of partners beside it: add that, or remove it")
     if not pairs:
@@ -924,7 +925,8 @@ def adapted_text(config, tuned):
     tests = {name: score for name, score in tuned["scores"].items() if name in test_sets(config)}
     parts = [f"# {config.from_} adapted to {config.data or 'made pairs'}",
              markdown(["PSNR dB/SSIM", "pairs", "blurred input", "before", "after"], rows),
-             f"{config.finetune_steps} steps of fine-tuning from {config.finetune_lr}, no new search. {protocol(config)}",
+             f"{config.finetune_steps} steps of fine-tuning from {config.finetune_lr}, no new search. "
+             + protocol(config),
              *test_tables(tests, gmacs, config.frame)]
     return "\n\n".join(parts) + "\n"
 
@@ -935,16 +937,14 @@ def site_table(art, names):
     Gain and cost: the candidate as it was scored, before fine-tuning, with this one swap taken back.
     """
     scores, table, tuned = art["saliency"]["scores"], art["profile"], art["finetune"]
-    # mean_ranks sums over a stage, the part of a name before its dot; without the dot each site is its own.
-    ranks = blocks.mean_ranks({m: {site.replace(".", " "): row[site] for site in tuned["choice"]} for m, row in scores.items()})
     back = (art["search"].get("taken_back") or [{}] * len(tuned["candidates"]))[tuned["picked"]]
-    rows = []
+    rows, sites = [], list(tuned["choice"])
     for site, option in tuned["choice"].items():
-        ms, saved = table["sites"][site], back.get("saved_ms", {}).get(site)
-        cost = back.get("cost_db", {}).get(site)
-        rows.append([site, f"{ranks[site.replace('.', ' ')]:.2f}", f"{ms[0]:.2f}", f"{option} {names[option]}", f"{ms[option]:.2f}",
-                     "" if not option else f"{ms[0] - ms[option] if saved is None else saved:.2f}",
-                     "" if cost is None else f"{cost:+.2f}"])
+        rank = statistics.fmean(1 + sum(abs(row[s]) > abs(row[site]) for s in sites) for row in scores.values())
+        ms, cost = table["sites"][site], back.get("cost_db", {}).get(site)
+        saved = back.get("saved_ms", {}).get(site, ms[0] - ms[option])
+        rows.append([site, f"{rank:.2f}", f"{ms[0]:.2f}", f"{option} {names[option]}", f"{ms[option]:.2f}",
+                     f"{saved:.2f}" if option else "", "" if cost is None else f"{cost:+.2f}"])
     return markdown(["site", "saliency rank", "base ms", "choice", "ms", "gained ms", "cost dB"], rows)
 
 
@@ -997,8 +997,8 @@ def report_text(config, art):
                ["Ours, published (GoPro, S24 Ultra)", "17.110", "106", "147", "33.76", "0.942"]]),
         *test_tables(metrics["tests"], {n: metrics[n]["gmacs"] for n in ("base", "chosen")}, config.frame),
         "## The chosen net, site by site", site_table(art, names),
-        "Saliency rank: mean over the six measures of the site's rank among the sites, 1 the most salient. Cost: PSNR on "
-        "validation, before fine-tuning, that this swap alone costs; gain: the predicted latency that it saves.",
+        "Saliency rank: the site's rank among the sites, mean over the six measures; 1 is the most salient. Cost: PSNR "
+        "on validation, before fine-tuning, that this swap alone costs; gain: the predicted latency that it saves.",
         "## Predicted against measured latency", markdown(["net", "predicted ms", "measured ms", "error"], agree),
         "![samples](samples.png)",
         f"Seed {config.seed}; torch {torch.__version__}, numpy {np.__version__}, python {platform.python_version()}.",
@@ -1195,15 +1195,16 @@ STAGES = {
                                                      "base_steps", "base_lr", "amp")),
     "saliency": Stage(stage_saliency, "saliency.json", ("base",), ()),
     "profile": Stage(stage_profile, "profile.json", ("base", "saliency"), ("frame", "target")),
-    "distill": Stage(stage_distill, "surrogates.pt", ("base", "saliency"), ("distill_share", "distill_steps", "distill_lr", "amp")),
+    "distill": Stage(stage_distill, "surrogates.pt", ("base", "saliency"),
+                     ("distill_share", "distill_steps", "distill_lr", "amp")),
     "search": Stage(stage_search, "search.json", ("base", "saliency", "profile", "distill"), ("evaluations", "candidates")),
     "finetune": Stage(stage_finetune, "finetuned.pt", ("base", "distill", "search"),
                       ("from_", "finetune_steps", "finetune_lr", "pick", "amp")),
     "evaluate": Stage(stage_evaluate, "metrics.json", ("base", "profile", "finetune"), ("test", "tlc")),
     "report": Stage(stage_report, "report.md", ("base", "saliency", "profile", "search", "finetune", "evaluate"), ()),
 }
-ADAPT = Stage(stage_adapt, "finetuned.pt", (), DATA + ("from_", "test", "tlc", "crop", "batch", "frame", "finetune_steps",
-                                                       "finetune_lr", "amp"))
+ADAPT = Stage(stage_adapt, "finetuned.pt", (), DATA + ("from_", "test", "tlc", "crop", "batch", "frame",
+                                                       "finetune_steps", "finetune_lr", "amp"))
 
 
 def stage_of(config, name):

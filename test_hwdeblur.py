@@ -662,10 +662,12 @@ class Weights(unittest.TestCase):
 class Report(unittest.TestCase):
     def test_the_site_table_says_what_each_swap_costs_and_gains(self):
         measures = {m: {"enc0.0": a, "enc0.1": b, "mid.0": 99.0} for m, a, b in (("one", 2.0, -3.0), ("two", 5.0, 4.0))}
-        art = {"saliency": {"scores": measures}, "profile": {"sites": {"enc0.0": [9.0, 4.0, 3.0], "enc0.1": [8.0, 2.0, 1.0]}},
+        art = {"saliency": {"scores": measures},
+               "profile": {"sites": {"enc0.0": [9.0, 4.0, 3.0], "enc0.1": [8.0, 2.0, 1.0]}},
                "finetune": {"choice": {"enc0.0": 2, "enc0.1": 0}, "candidates": [{}, {}], "picked": 1},
                "search": {"taken_back": [{}, {"cost_db": {"enc0.0": 0.123}, "saved_ms": {"enc0.0": 5.5}}]}}
-        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in hwdeblur.site_table(art, "ABC").splitlines()[2:]]
+        lines = hwdeblur.site_table(art, "ABC").splitlines()[2:]
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
         self.assertEqual(rows, [["enc0.0", "1.50", "9.00", "2 C", "3.00", "5.50", "+0.12"],
                                 ["enc0.1", "1.50", "8.00", "0 A", "8.00", "", ""]])
         del art["search"]["taken_back"]
@@ -688,9 +690,9 @@ class Autocast(unittest.TestCase):
         self.assertGreater(after, before)
 
     def test_bfloat16_distillation_starts_at_one_and_falls(self):
-        surrogates, losses = blocks.distill(small_net(), ["mid.0"], lambda step: images(2, 3, 16, 16, seed=step), 30, 3e-2, 0,
-                                            amp=True)
-        exact, _ = blocks.distill(small_net(), ["mid.0"], lambda step: images(2, 3, 16, 16, seed=step), 30, 3e-2, 0)
+        batch_at = lambda step: images(2, 3, 16, 16, seed=step)
+        surrogates, losses = blocks.distill(small_net(), ["mid.0"], batch_at, 30, 3e-2, 0, amp=True)
+        exact, _ = blocks.distill(small_net(), ["mid.0"], batch_at, 30, 3e-2, 0)
         for option, curve in losses["mid.0"].items():
             self.assertAlmostEqual(curve[0], 1, places=5)
             self.assertLess(curve[-1], 0.95)
@@ -854,25 +856,28 @@ class Whole(unittest.TestCase):
                     (root / split / "s" / kind).mkdir(parents=True, exist_ok=True)
                     Image.effect_noise(size, 30 if kind == "sharp" else 10).save(root / split / "s" / kind / f"{i}.png")
         out = Path(self.folder.name) / "real"
-        status, printed, said = self.command("--stage", "all", "--target", "paper", *self.TINY, "--data", root, "--tlc", "--amp",
-                                             "--workers", 1, "--test", f"DPDD-indoor={root}", "--test", f"mine={root / 'train'}",
-                                             out=out)
+        status, printed, said = self.command(
+            "--stage", "all", "--target", "paper", *self.TINY, "--data", root, "--tlc", "--amp", "--workers", 1,
+            "--test", f"DPDD-indoor={root}", "--test", f"mine={root / 'train'}", out=out)
         self.assertEqual(status, 0, said)
         metrics = json.loads((out / "metrics.json").read_text())
-        self.assertEqual({name: test["pairs"] for name, test in metrics["tests"].items()}, {"DPDD-indoor": 2, "mine": 3})
+        counts = {name: test["pairs"] for name, test in metrics["tests"].items()}
+        self.assertEqual(counts, {"DPDD-indoor": 2, "mine": 3})
         self.assertEqual(metrics["tests"]["DPDD-indoor"]["chosen"]["ssim"], metrics["chosen"]["ssim"])
-        for net in (metrics["base"]["psnr_db"], metrics["tests"]["mine"]["blurred"]["psnr_db"]):
-            self.assertIn(f"{net:.2f}/", (out / "report.md").read_text().split("## Table 4")[1].split("## The chosen net")[0])
-        for text in (printed, (out / "report.md").read_text()):        # published figures of Tables 4 and 5
-            for row in (r"NAFNet, published +\| 35.80/.980 ", r"Ours \(fine-tuned\), published \| 26.87/.818 +\| 21.89/.656 +\| 63 "):
-                self.assertRegex(text, row)
-        self.assertIn("a local window of 48 pixels", (out / "report.md").read_text())
+        report = (out / "report.md").read_text()
+        self.assertIn("a local window of 48 pixels", report)
+        for score in (metrics["base"]["psnr_db"], metrics["tests"]["mine"]["blurred"]["psnr_db"]):
+            self.assertIn(f"{score:.2f}/", report.split("## Table 4")[1].split("## The chosen net")[0])
+        for text in (printed, report):                                 # published figures of Tables 4 and 5
+            self.assertRegex(text, r"NAFNet, published +\| 35.80/.980 ")
+            self.assertRegex(text, r"Ours \(fine-tuned\), published \| 26.87/.818 +\| 21.89/.656 +\| 63 ")
         values, net = [], hwdeblur.base_net({"base": torch.load(out / "base.pt", weights_only=True)})
         blocks.set_window(net, 48)
         for i in range(2):
-            blur, sharp = (np.asarray(Image.open(root / "test" / "s" / k / f"{i}.png").convert("RGB")) for k in ("blur", "sharp"))
-            output = net(torch.tensor(blur).permute(2, 0, 1)[None] / 255).detach()[0].permute(1, 2, 0).clamp(0, 1).numpy()
-            values.append(10 * np.log10(255 ** 2 / ((output * 255).round() - sharp.astype(float)).__pow__(2).mean()))
+            blur, sharp = (torch.tensor(np.array(Image.open(root / "test" / "s" / kind / f"{i}.png").convert("RGB")))
+                           for kind in ("blur", "sharp"))              # (H, W, 3)
+            output = net(blur.permute(2, 0, 1)[None] / 255).detach()[0].permute(1, 2, 0).clamp(0, 1)
+            values.append(10 * np.log10(255 ** 2 / ((output * 255).round() - sharp).double().square().mean().item()))
         self.assertAlmostEqual(metrics["base"]["psnr_db"], np.mean(values), places=4)
         self.adapted(root)
         self.refused("too small to be cropped at --crop 45", "--stage", "base", *self.TINY, "--data", root, "--crop", 45,
@@ -882,8 +887,9 @@ class Whole(unittest.TestCase):
     def adapted(self, root):
         """The net found on made pairs, adapted to the pairs in `root`: --stage finetune --from."""
         out, start = Path(self.folder.name) / "adapted", self.out / "finetuned.pt"
-        flags = ("--stage", "finetune", "--from", start, "--data", root, "--crop", 32, "--batch", 2, "--finetune-lr", 0.01)
-        status, printed, said = self.command(*flags, "--finetune-steps", 5, "--test", f"DPDD-outdoor={root}", out=out)
+        flags = ("--stage", "finetune", "--from", start, "--data", root, "--crop", 32, "--batch", 2,
+                 "--finetune-lr", 0.01, "--test", f"DPDD-outdoor={root}")
+        status, printed, said = self.command(*flags, "--finetune-steps", 5, out=out)
         self.assertEqual(status, 0, said)
         tuned, found = (torch.load(path, weights_only=True) for path in (out / "finetuned.pt", start))
         self.assertEqual((tuned["choice"], tuned["arch"]), (found["choice"], found["arch"]))
@@ -896,12 +902,13 @@ class Whole(unittest.TestCase):
         self.assertNotEqual(tuned["scores"]["test"]["before"], tuned["scores"]["test"]["after"])
         self.assertIn("Table 5", (out / "report.md").read_text())
         picture = root / "test" / "s" / "blur" / "0.png"
-        self.assertEqual(self.command("--stage", "deblur", "--input", picture, "--output", root / "o.png", out=out)[0], 0)
+        status, _, said = self.command("--stage", "deblur", "--input", picture, "--output", root / "o.png", out=out)
+        self.assertEqual(status, 0, said)
         self.refused("--from .*finetuned.pt, not ''", "--stage", "finetune", "--data", root, out=out)
-        self.refused("--finetune-steps 5, not 6", *flags, "--finetune-steps", 6, "--test", f"DPDD-outdoor={root}", out=out)
+        self.refused("--finetune-steps 5, not 6", *flags, "--finetune-steps", 6, out=out)
         self.refused("goes with --stage finetune", "--stage", "all", "--from", start, out=out)
-        self.refused("no checkpoint of tensors", "--stage", "finetune", "--from", root / "o.png", out=root / "new")
-        self.refused("not an artefact of stage finetune", "--stage", "finetune", "--from", self.out / "base.pt", out=root / "new")
+        for file, pattern in ((root / "o.png", "no checkpoint of tensors"), (self.out / "base.pt", "not an artefact")):
+            self.refused(pattern, "--stage", "finetune", "--from", file, out=root / "new")
 
 
 class Project(unittest.TestCase):
