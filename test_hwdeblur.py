@@ -577,6 +577,21 @@ class Data(unittest.TestCase):
                 with self.assertRaises(hwdeblur.InputError):
                     hwdeblur.named_pairs(hwdeblur.Config(test=tuple(wrong)))
 
+    def test_few_photographs_are_joined_by_made_pairs_half_and_half(self):
+        with tempfile.TemporaryDirectory() as root:
+            self.folder(Path(root) / "train", [f"{i}.png" for i in range(4)])
+            config = hwdeblur.Config(data=root, crop=16, made_train=9, made_size=16)
+            with contextlib.redirect_stderr(io.StringIO()):
+                mixed = hwdeblur.training_pairs(config)
+                again = hwdeblur.training_pairs(config)
+            own = hwdeblur.split_pairs(config, "train")
+            self.assertEqual([mixed.count(pair) for pair in own], [3] * 3)
+            self.assertEqual(sum(torch.is_tensor(pair[0]) for pair in mixed), 9)
+            for a, b in zip(mixed, again):
+                self.assertTrue(torch.equal(a[0], b[0]) if torch.is_tensor(a[0]) else a == b)
+            for other in ({"few": 3}, {"few": 0}, {"from_": "x"}):
+                self.assertEqual(hwdeblur.training_pairs(hwdeblur.Config(data=root, crop=16, **other)), own)
+
     def test_decoded_images_are_kept_up_to_a_number_of_bytes(self):
         loads = []
         read = hwdeblur.keep_recent(lambda i: loads.append(i) or (torch.zeros(10, dtype=torch.uint8),) * 2, limit=60)
