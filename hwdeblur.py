@@ -401,7 +401,8 @@ def size_of(image):
 def split_pairs(config, split):
     """The pairs of 'train', 'val' or 'test'. Validation is carved from train; test is never train."""
     if not config.data:
-        return made_pairs(config, split, config.made_train if split == "train" else config.made_test)
+        count = config.made_train if split == "train" else config.made_test
+        return made_pairs(config.seed, split, count, config.made_size)
     if Path(config.data).is_file():
         raise InputError(f"--data {config.data} is a file: give the folder, with lists named train.txt and test.txt")
     if split == "test":
@@ -414,12 +415,11 @@ def split_pairs(config, split):
     return [pairs[i] for i in (order[:held] if split == "val" else order[held:])]
 
 
-def made_pairs(config, split, count):
-    """The first `count` made pairs of a split; each is a function of (seed, split, its number)."""
-    stream, size = ("train", "val", "test").index(split), max(config.made_size, config.crop)
-    tick, pairs = progress(f"making {split} pairs", count), []
+def made_pairs(seed, split, count, size):
+    """The first `count` made pairs of a split, `size` pixels a side; each a function of (seed, split, its number)."""
+    stream, tick, pairs = ("train", "val", "test").index(split), progress(f"making {split} pairs", count), []
     for i in range(count):
-        pairs.append(made_pair(size, np.random.default_rng([config.seed, stream, i])))
+        pairs.append(made_pair(size, np.random.default_rng([seed, stream, i])))
         tick(i + 1)
     return pairs
 
@@ -433,7 +433,7 @@ def training_pairs(config):
     own = split_pairs(config, "train")
     if not config.data or config.from_ or len(own) >= config.few:
         return own
-    made = made_pairs(config, "train", min(config.few, config.made_train))
+    made = made_pairs(config.seed, "train", min(config.few, config.made_train), max(config.made_size, config.crop))
     say(f"{len(own)} training pairs are few (--few {config.few}): {len(made)} made ones take half of all crops")
     mixed = own * max(1, len(made) // len(own)) + made
     return [mixed[i] for i in np.random.default_rng([config.seed, 5]).permutation(len(mixed))]
