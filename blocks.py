@@ -497,13 +497,14 @@ def new_surrogate(net, site, option, seed):
     return block.to(device=like.device, dtype=like.dtype, memory_format=torch.channels_last)
 
 
-def distill(net, sites, batch_at, steps, lr, seed, only=None):
+def distill(net, sites, batch_at, steps, lr, seed, only=None, amp=False):
     """Train a surrogate for every site and option, each on its own (feature-wise distillation).
 
     Minimises |s(x) - b(x)|^2 / |b(x) - x|^2 where x goes into the block b in the frozen base net: the
     share of the block's work that s misses, 1 at the start. ONE teacher forward per batch feeds all
     S x (K-1) students. batch_at(step) -> blurred (B, 3, H, W), or a pair whose first is that; AdamW,
-    cosine from `lr` to 0. `only`: the (site, option) pairs to train; a subset gets the same bits.
+    cosine from `lr` to 0. `only`: the (site, option) pairs to train; a subset gets the same bits. `amp`:
+    teacher and students run under bfloat16 autocast; weights, losses and optimiser stay float32.
     Returns (surrogates {site: {option: module in eval mode}}, losses {site: {option: one per step}}).
     """
     pairs = [(site, k) for site in sites for k in range(1, len(BLOCKS))]
@@ -517,11 +518,16 @@ def distill(net, sites, batch_at, steps, lr, seed, only=None):
     for step in range(steps if pairs else 0):
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
         batch = batch_at(step)
-        features = block_io(net, batch if torch.is_tensor(batch) else batch[0], {s for s, _ in pairs})
+        blur = batch if torch.is_tensor(batch) else batch[0]
+        low = torch.autocast(blur.device.type, torch.bfloat16, enabled=amp)
+        with low:
+            features = block_io(net, blur, {s for s, _ in pairs})
         optimizer.zero_grad()
         for (site, option), student in students.items():
-            x, y = features[site]
-            loss = F.mse_loss(student(x), y) / F.mse_loss(y, x).clamp_min(1e-12)    # a block may do nothing
+            x, y = (feature.to(net.intro.weight.dtype) for feature in features[site])
+            with low:
+                output = student(x)
+            loss = F.mse_loss(output.to(y.dtype), y) / F.mse_loss(y, x).clamp_min(1e-12)    # a block may do nothing
             loss.backward()
             losses[site, option].append(loss.item())
         optimizer.step()

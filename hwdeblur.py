@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import DataLoader
 
 import blocks
 import profile_device
@@ -48,10 +49,14 @@ def knob(default, help):
 class Config:
     """Everything that decides the result. Defaults are the demo preset, sized for two CPU cores."""
     seed: int = knob(0, "seed of every random choice")
-    data: str = knob("", "folder with train and test pairs, GoPro layout; empty: made pairs")
+    data: str = knob("", "folder with train and test pairs: sibling folders or lists; empty: made pairs")
+    from_: str = knob("", "stage finetune: a finetuned.pt to adapt to --data, without a search (III-C)")
+    test: tuple = knob((), "NAME=PATH of a further test set, folder or list; may be given several times")
+    workers: int = knob(0, "processes that decode training images; batches are the same for any number")
     made_train: int = knob(256, "made pairs for training and distillation")
     made_test: int = knob(32, "made pairs for validation, and as many for testing")
     made_size: int = knob(128, "side of a made image, pixels")
+    few: int = knob(64, "own training pairs below which as many made ones take half of all crops")
     val_pairs: int = knob(16, "most pairs carved from train to score the search and pick (II-C)")
     weights: str = knob("", "pre-trained NAFNet checkpoint (authors' format); empty: train one")
     width: int = knob(16, "channels of the net at full resolution (paper: 32)")
@@ -60,6 +65,7 @@ class Config:
     dec: tuple = knob((1, 1, 1, 1), "blocks per decoder stage")
     crop: int = knob(96, "side of a training crop, pixels (NAFNet: 256)")
     batch: int = knob(4, "crops per training step (NAFNet: 64)")
+    amp: bool = knob(False, "train in bfloat16 where that is safe (autocast): base, distill, finetune")
     base_steps: int = knob(2800, "steps of base training")
     base_lr: float = knob(2e-3, "first learning rate of base training, cosine to 1e-7")
     frame: tuple = knob((256, 256), "input of the profiled net, height and width in pixels (III-A: 512)")
@@ -72,6 +78,7 @@ class Config:
     finetune_steps: int = knob(300, "steps of fine-tuning of each candidate")
     finetune_lr: float = knob(5e-4, "first learning rate of fine-tuning, cosine to 1e-7")
     pick: str = knob("best", "of the fine-tuned candidates: best (PSNR) or fastest (III-A)")
+    tlc: bool = knob(False, "score with attention over a local window of 1.5 x --crop (Chu et al. 2021)")
 
 
 PRESETS = {
@@ -89,13 +96,13 @@ def check(config):
         raise InputError(f"--seed {config.seed} must be below 2^32")
     if config.made_size < 11 or config.crop < 1:
         raise InputError(f"--made-size {config.made_size} must be at least 11")
-    free = ("seed", "base_steps", "distill_steps", "finetune_steps")
+    free = ("seed", "workers", "few", "base_steps", "distill_steps", "finetune_steps")
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         values = value if isinstance(value, tuple) else (value,)
         if field.name in free and value < 0:
             raise InputError(f"{flag(field.name)} {value} is negative: give 0 or more")
-        if field.name not in free and not isinstance(value, str) and not all(v > 0 for v in values):
+        if field.name not in free and not all(isinstance(v, (str, bool)) or v > 0 for v in values):
             raise InputError(f"{flag(field.name)} {value} must be positive")
     if len(config.enc) != len(config.dec):
         raise InputError(f"--enc has {len(config.enc)} stages, --dec {len(config.dec)}: give as many of each")
@@ -103,10 +110,22 @@ def check(config):
         raise InputError(f"--crop {config.crop} is larger than --made-size {config.made_size}")
     if config.distill_share > 1:
         raise InputError(f"--distill-share {config.distill_share} must be at most 1")
+    test_sets(config)
 
 
 def flag(name):
-    return "--" + name.replace("_", "-")
+    return "--" + name.strip("_").replace("_", "-")
+
+
+def test_sets(config):
+    """{NAME: path} of --test."""
+    sets = {}
+    for text in config.test:
+        name, _, path = text.partition("=")
+        if not name or not path or name in sets or name in ("validation", "test"):
+            raise InputError(f"--test {text}: give NAME=PATH, each NAME once, and not validation or test")
+        sets[name] = path
+    return sets
 
 
 # --------------------------------------------------- made pairs: dead leaves and camera shake
@@ -243,33 +262,54 @@ FOLDERS = (("blur", "sharp"), ("blur", "gt"), ("input", "target"), ("inputC", "t
 
 
 def list_pairs(path, split):
-    """[(sharp path, blur path), ...] below path/split, sorted; pairs match by name.
+    """[(sharp path, blur path), ...] of a split, sorted; pairs match by name.
 
-    Sibling folders known by name (FOLDERS), wherever they stand; or a text file of `sharp blur`
-    paths, one pair a line, relative to its folder: path itself, or path/split.txt. Raises InputError
-    naming what is missing.
+    `path` is a text file of pairs, or a folder that holds the split: split.txt (such a file), else split/
+    or split_c/ (DPDD), see `pairs_below`. Raises InputError naming what is missing.
     """
     path = Path(path)
-    listed = path if path.is_file() else path / f"{split}.txt"
-    if listed.is_file():
-        return listed_pairs(listed)
-    root = path / split
-    if not root.is_dir():
+    root = path if path.is_file() else split_root(path, split)
+    if root is None:
+        root = path / split
         raise InputError(f"no folder {root}: --data wants {split} pairs there, say {root}/SCENE/blur and /sharp")
-    pairs = []
+    return pairs_below(root)
+
+
+def split_root(path, split):
+    """The file or folder in `path` that holds a split; None if there is none."""
+    return next((root for root in (path / f"{split}.txt", path / split, path / f"{split}_c") if root.exists()), None)
+
+
+def pairs_below(root):
+    """The pairs of a text file, or of all sibling folders known by name (FOLDERS) below a folder, sorted."""
+    if root.is_file():
+        return listed_pairs(root)
+    pairs, layouts = [], [tuple(name.lower() for name in names) for names in FOLDERS]
     for folder, inner, _ in os.walk(root):
-        known = [names for names in FOLDERS if inner and set(names) <= set(inner)]
-        if known:
-            pairs += match_names(Path(folder) / known[0][1], Path(folder) / known[0][0])
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        here = {name.lower(): Path(folder) / name for name in inner}
+        whole = [names for names in layouts if here.keys() >= set(names)]
+        if whole:
+            blur, sharp = whole[0]
+            pairs += match_names(here[sharp], here[blur])
+            continue
+        for name in sorted(set(sum(layouts, ())) & here.keys()):
+            if images_in(here[name]):
+                raise InputError(f"{here[name]} has images but no folder of partners beside it: add that, or remove it")
     if not pairs:
         raise InputError(f"no pairs below {root}: it needs sibling folders such as blur and sharp")
     return sorted(pairs)
 
 
+def images_in(folder):
+    """The image files of a folder, in any case of extension; hidden files and other files are no images."""
+    return [f for f in folder.iterdir() if f.suffix.lower() in IMAGES and not f.name.startswith(".") and f.is_file()]
+
+
 def listed_pairs(path):
-    """The pairs of a text file of `sharp blur` paths."""
+    """The pairs of a text file of `sharp blur` paths, one pair a line, relative to the file's folder."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise InputError(f"{path} is not a text file: every line must be two paths, sharp and blurred") from None
     pairs = [tuple(path.parent / name for name in line.split()) for line in lines if line.strip()]
@@ -278,10 +318,22 @@ def listed_pairs(path):
     return pairs
 
 
+def named_pairs(config):
+    """{NAME: pairs} of --test: the test split of a folder that has one, else all pairs below it."""
+    sets = {}
+    for name, path in test_sets(config).items():
+        path = Path(path)
+        if not path.exists():
+            raise InputError(f"--test {name}={path}: there is no such folder or list")
+        root = split_root(path, "test") if path.is_dir() else path
+        sets[name] = sized_pairs(pairs_below(root or path), 11, "scored")
+    return sets
+
+
 def match_names(sharp, blur):
     """Pairs of two folders by file name without extension (and without RealBlur's folder prefix)."""
     def by_name(folder):
-        files = [f for f in folder.iterdir() if f.suffix.lower() in IMAGES and not f.name.startswith(".")]
+        files = images_in(folder)
         names = {f.stem.removeprefix(folder.name + "_"): f for f in files}
         if len(names) < len(files):
             twice = next(f for f in files if f not in names.values())
@@ -350,13 +402,8 @@ def size_of(image):
 def split_pairs(config, split):
     """The pairs of 'train', 'val' or 'test'. Validation is carved from train; test is never train."""
     if not config.data:
-        stream = ("train", "val", "test").index(split)
         count = config.made_train if split == "train" else config.made_test
-        tick, pairs = progress(f"making {split} pairs", count), []
-        for i in range(count):
-            pairs.append(made_pair(config.made_size, np.random.default_rng([config.seed, stream, i])))
-            tick(i + 1)
-        return pairs
+        return made_pairs(config.seed, split, count, config.made_size)
     if Path(config.data).is_file():
         raise InputError(f"--data {config.data} is a file: give the folder, with lists named train.txt and test.txt")
     if split == "test":
@@ -369,19 +416,81 @@ def split_pairs(config, split):
     return [pairs[i] for i in (order[:held] if split == "val" else order[held:])]
 
 
-def crops(pairs, seed, crop, batch, device="cpu"):
+def made_pairs(seed, split, count, size):
+    """The first `count` made pairs of a split, `size` pixels a side; each a function of (seed, split, its number)."""
+    stream, tick, pairs = ("train", "val", "test").index(split), progress(f"making {split} pairs", count), []
+    for i in range(count):
+        pairs.append(made_pair(size, np.random.default_rng([seed, stream, i])))
+        tick(i + 1)
+    return pairs
+
+
+def training_pairs(config):
+    """What a run trains on: train, or, where that is a few photographs, train and made pairs by halves.
+
+    A net that saw three photographs alone fails on the fourth: 400 steps on crops of one scene scored 9 dB
+    below the blurred input on another scene, by halves with made pairs above it. Adaptation keeps to train.
+    """
+    own = split_pairs(config, "train")
+    if not config.data or config.from_ or len(own) >= config.few:
+        return own
+    made = made_pairs(config.seed, "train", min(config.few, config.made_train), max(config.made_size, config.crop))
+    say(f"{len(own)} training pairs are few (--few {config.few}): {len(made)} made ones take half of all crops")
+    mixed = own * max(1, len(made) // len(own)) + made
+    return [mixed[i] for i in np.random.default_rng([config.seed, 5]).permutation(len(mixed))]
+
+
+def crops(pairs, seed, crop, batch, device="cpu", workers=0):
     """A function step -> (blur, sharp), each (batch, 3, crop, crop): random places, flips and turns.
 
-    A pure function of (seed, step), so that a loop resumed at any step continues bit for bit.
+    A pure function of (seed, step), so that a loop resumed at any step continues bit for bit, and that
+    `workers` processes may decode ahead without changing a bit.
     """
-    read = functools.lru_cache(64)(lambda i: load_pair(pairs[i]))        # a bounded cache of decoded images
+    read = load_pair if workers else keep_recent(load_pair)
+    make = functools.partial(random_crops, pairs, seed, crop, batch, read)
+    make = made_ahead(make, workers) if workers else make
+    return lambda step: [as_batch(images, device) for images in make(step)]
 
-    def batch_at(step):
-        rng = np.random.default_rng([seed, step])
-        taken = [crop_pair(read(int(i)), crop, rng) for i in rng.integers(0, len(pairs), batch)]
-        return [as_batch(images, device) for images in zip(*taken)]
 
-    return batch_at
+def random_crops(pairs, seed, crop, batch, read, step):
+    """The crops of one step: blurred and sharp, each uint8 (batch, 3, crop, crop)."""
+    rng = np.random.default_rng([seed, step])
+    taken = [crop_pair(read(pairs[int(i)]), crop, rng) for i in rng.integers(0, len(pairs), batch)]
+    return [torch.stack(images) for images in zip(*taken)]
+
+
+def keep_recent(load, limit=256 * 2 ** 20):
+    """load(pair) with a memory of the pairs used last, at most `limit` bytes (always the very last one)."""
+    held, size = {}, 0
+
+    def read(pair):
+        nonlocal size
+        known = pair in held
+        held[pair] = held.pop(pair) if known else load(pair)           # a dict keeps order: the last used is last
+        size += 0 if known else sum(image.nbytes for image in held[pair])
+        while size > limit and len(held) > 1:
+            size -= sum(image.nbytes for image in held.pop(next(iter(held))))
+        return held[pair]
+
+    return read
+
+
+def made_ahead(make, workers):
+    """make(step), computed ahead in DataLoader workers as long as steps are asked for in order."""
+    stream, due = None, None
+
+    def at(step):
+        nonlocal stream, due
+        if step != due:
+            stream = iter(DataLoader(range(step, 2 ** 62), batch_size=None, collate_fn=make, num_workers=workers,
+                                     generator=torch.Generator()))         # its own: the global one stays as it was
+        due = step + 1
+        try:
+            return next(stream)
+        except InputError as error:               # torch puts the worker's traceback before the line
+            raise InputError(str(error).strip().splitlines()[-1].split("InputError: ", 1)[-1]) from None
+
+    return at
 
 
 def crop_pair(pair, crop, rng):
@@ -418,14 +527,17 @@ def ssim(x, y):
     """
     if min(x.shape[-2:]) < 11:
         raise ValueError(f"ssim: an image of {size_of(x)} is smaller than the 11x11 window")
-    t = torch.arange(11, dtype=torch.float64, device=x.device) - 5
-    kernel = torch.exp(-t ** 2 / (2 * 1.5 ** 2))
-    kernel = kernel / kernel.sum()
+    kernel = np.exp(-(np.arange(11) - 5) ** 2 / (2 * 1.5 ** 2))
 
-    def smooth(z):                                                     # (N, 1, H, W) -> (N, 1, H-10, W-10)
-        return F.conv2d(F.conv2d(z, kernel.view(1, 1, 1, 11)), kernel.view(1, 1, 11, 1))
+    def smooth(z):                                                     # (..., H, W) -> (..., H-10, W-10)
+        for dim in (-1, -2):                      # shifted sums: float64 convolutions are far slower on a CPU
+            total = torch.zeros_like(z.narrow(dim, 10, z.shape[dim] - 10))
+            for i, weight in enumerate(kernel / kernel.sum()):
+                total.add_(z.narrow(dim, i, total.shape[dim]), alpha=weight)
+            z = total
+        return z
 
-    x, y = (z.double().reshape(-1, 1, *z.shape[-2:]) for z in (x, y))
+    x, y = x.double(), y.double()
     mx, my = smooth(x), smooth(y)
     vx, vy, cov = smooth(x * x) - mx * mx, smooth(y * y) - my * my, smooth(x * y) - mx * my
     score = (2 * mx * my + 0.01 ** 2) * (2 * cov + 0.03 ** 2)
@@ -443,24 +555,51 @@ def restore(net, blur, device="cpu"):
         return quantize(net(as_batch([blur], device)))
 
 
-def evaluate(net, pairs, device="cpu", with_ssim=True):
-    """Mean PSNR (dB) and SSIM over whole images of any size; net None scores the blurred input itself."""
-    rows = []
+def evaluate(net, pairs, device="cpu", with_ssim=True, label=""):
+    """Mean PSNR (dB) and SSIM over whole images of any size; net None scores the blurred input itself.
+
+    One pair is in memory at a time. Progress is shown under `label`, if there is one.
+    """
+    rows, tick = [], progress(label, len(pairs)) if label else None
     for pair in pairs:
         sharp, blur = load_pair(pair)
         output = as_batch([blur], device) if net is None else restore(net, blur, device)
         target = as_batch([sharp], device)
         rows.append((psnr(output, target).item(), ssim(output, target).item() if with_ssim else math.nan))
+        if tick:
+            tick(len(rows))
     return {"psnr_db": statistics.fmean(r[0] for r in rows), "ssim": statistics.fmean(r[1] for r in rows)}
+
+
+def score_nets(nets, pairs, device="cpu", label=""):
+    """{"pairs": how many, "blurred": score of the input, name: score of each of nets {name: net}}."""
+    return {"pairs": len(pairs), "blurred": evaluate(None, pairs, device),
+            **{name: evaluate(net, pairs, device, label=f"{label}: {name}") for name, net in nets.items()}}
+
+
+def protocol(config):
+    """How images are scored, in words."""
+    window = 3 * config.crop // 2
+    reach = f"a local window of {window} pixels, 1.5 x the training crop (--tlc)" if config.tlc else "the whole image"
+    return ("Protocol: whole RGB images, outputs clamped and rounded to 8 bits, no border crop, no alignment; "
+            f"channel attention averages over {reach}.")
+
+
+def as_scored(net, config):
+    """`net`, in place, with the attention window of the protocol."""
+    if config.tlc:
+        blocks.set_window(net, 3 * config.crop // 2)
+    return net
 
 
 # ------------------------------------------------------------------------------ training
 
-def train(net, batch_at, steps, lr, label="training"):
+def train(net, batch_at, steps, lr, label="training", amp=False):
     """A trained copy of `net`: AdamW (.9, .9), decay 1e-3, cosine from lr to 1e-7, PSNR loss.
 
     NAFNet's recipe. In eval mode throughout: NAF blocks do not mind, and batch norms keep the
-    statistics of distillation, which whole images share and small crops do not.
+    statistics of distillation, which whole images share and small crops do not. amp: the net runs under
+    bfloat16 autocast; weights, loss and optimiser stay float32.
     """
     net = copy.deepcopy(net).eval().requires_grad_(True)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.9), weight_decay=1e-3)
@@ -468,7 +607,9 @@ def train(net, batch_at, steps, lr, label="training"):
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-7 + (lr - 1e-7) * (1 + math.cos(math.pi * step / steps)) / 2
         blur, sharp = batch_at(step)
-        loss = psnr_loss(net(blur), sharp)
+        with torch.autocast(blur.device.type, torch.bfloat16, enabled=amp):
+            output = net(blur)
+        loss = psnr_loss(output.to(sharp.dtype), sharp)
         if not math.isfinite(loss.item()):
             raise InputError(f"{label}: the loss of step {step} is {loss.item()}: lower the learning rate; "
                              "what was saved before stays as it was")
@@ -545,6 +686,14 @@ def chosen_net(art, device="cpu"):
     return with_params(net, tuned["params"], "finetuned.pt").to(device)
 
 
+def load_tuned(path):
+    """A finetuned.pt, whatever its configuration."""
+    tuned = load_torch(path, "give one that --stage finetune wrote")
+    if not isinstance(tuned, dict) or not {"params", "arch", "choice"} <= tuned.keys():
+        raise InputError(f"{path} is not an artefact of stage finetune: give one, or run --stage finetune")
+    return tuned
+
+
 def choice_of(sites, options):
     return dict(zip(sites, map(int, options)))
 
@@ -557,8 +706,8 @@ def stage_base(config, pairs, art, device):
         net = load_weights(config.weights).to(device)
     else:
         net = new_net(dataclasses.asdict(config), config.seed).to(device)
-        batch_at = crops(pairs("train"), config.seed, config.crop, config.batch, device)
-        net = train(net, batch_at, config.base_steps, config.base_lr, "base")
+        batch_at = crops(pairs("train"), config.seed, config.crop, config.batch, device, config.workers)
+        net = train(net, batch_at, config.base_steps, config.base_lr, "base", config.amp)
     score = evaluate(net, pairs("val"), device)
     if not finite(net) or math.isnan(score["psnr_db"]):
         raise InputError(f"base: the net is not finite (validation {score['psnr_db']} dB): lower --base-lr or check --weights")
@@ -569,7 +718,8 @@ def stage_base(config, pairs, art, device):
 def stage_saliency(config, pairs, art, device):
     """Section II-A, table 1: six measures on one minibatch, and the stage that stays."""
     net = base_net(art, device)
-    blur, sharp = crops(pairs("train"), config.seed + 1, config.crop, config.batch, device)(0)
+    # The Hessian product holds 2.4 GiB for each 256x256 crop at width 32: 16 of them fit one GPU, 64 do not.
+    blur, sharp = crops(pairs("train"), config.seed + 1, config.crop, min(config.batch, 16), device)(0)
     scores = blocks.saliency(net, blur, sharp, psnr_loss)
     kept = blocks.critical_stages(scores)
     return {"scores": scores, "mean_ranks": blocks.mean_ranks(scores), "critical": kept,
@@ -592,10 +742,11 @@ def stage_distill(config, pairs, art, device):
     """Section II-B: every surrogate imitates its block, each on its own."""
     train_pairs = pairs("train")
     share = train_pairs[:max(1, round(config.distill_share * len(train_pairs)))]
-    batch_at, tick = crops(share, config.seed + 2, config.crop, config.batch, device), progress("distill", config.distill_steps)
+    batch_at = crops(share, config.seed + 2, config.crop, config.batch, device, config.workers)
+    tick = progress("distill", config.distill_steps)
     surrogates, losses = blocks.distill(base_net(art, device), art["saliency"]["sites"],
                                         lambda step: tick(step + 1) or batch_at(step),
-                                        config.distill_steps, config.distill_lr, config.seed)
+                                        config.distill_steps, config.distill_lr, config.seed, amp=config.amp)
     for site, row in losses.items():
         for option, curve in row.items():
             if not all(map(math.isfinite, curve)) or not finite(surrogates[site][option]):
@@ -679,13 +830,13 @@ def stage_finetune(config, pairs, art, device):
     """Section II-D: the candidates of the knee region, trained end to end on all pairs; one is picked."""
     net, sites, found = base_net(art, device), art["search"]["sites"], art["search"]
     surrogates = restored_surrogates(art, net, config.seed)
-    batch_at = crops(pairs("train"), config.seed + 4, config.crop, config.batch, device)
+    batch_at = crops(pairs("train"), config.seed + 4, config.crop, config.batch, device, config.workers)
     tuned, rows = [], []
     for n, i in enumerate(found["knee"]):
         row = found["evaluations"][i]
         start = blocks.assemble(net, surrogates, choice_of(sites, row["options"]))
         tuned.append(train(start, batch_at, config.finetune_steps, config.finetune_lr,
-                           f"finetune {n + 1} of {len(found['knee'])}"))
+                           f"finetune {n + 1} of {len(found['knee'])}", config.amp))
         after = evaluate(tuned[-1], pairs("val"), device)["psnr_db"]
         if math.isnan(after) or not finite(tuned[-1]):
             raise InputError(f"finetune: candidate {n + 1} diverged: lower --finetune-lr {config.finetune_lr}")
@@ -695,9 +846,25 @@ def stage_finetune(config, pairs, art, device):
             "choice": choice_of(sites, rows[best]["options"]), "candidates": rows, "picked": best}
 
 
+def stage_adapt(config, pairs, art, device):
+    """Section III-C: a net found on other data is fine-tuned on --data, without a search; before and after."""
+    found = load_tuned(config.from_)
+    sets = {"validation": pairs("val"), "test": pairs("test"), **named_pairs(config)}
+    batch_at = crops(pairs("train"), config.seed + 4, config.crop, config.batch, device, config.workers)
+    before = chosen_net({"finetune": found}, device)
+    after = train(before, batch_at, config.finetune_steps, config.finetune_lr, "finetune", config.amp)
+    if not finite(after):
+        raise InputError(f"finetune: the net is not finite: lower --finetune-lr {config.finetune_lr}")
+    gmacs = blocks.count_macs(blocks.deploy(after), (1, 3, *config.frame)) / 1e9
+    params = {k: v.cpu() for k, v in after.state_dict().items()}
+    nets = {"before": as_scored(before, config), "after": as_scored(after, config)}
+    return {"params": params, "arch": found["arch"], "choice": found["choice"], "gmacs": gmacs,
+            "scores": {name: score_nets(nets, pairs, device, name) for name, pairs in sets.items()}}
+
+
 def stage_evaluate(config, pairs, art, device):
     """Section III: blurred input, base and chosen net on the test pairs; sizes; whole-net latency."""
-    nets = {"base": base_net(art, device), "chosen": chosen_net(art, device)}
+    nets, sets = {"base": base_net(art, device), "chosen": chosen_net(art, device)}, named_pairs(config)
     shape, table = (1, 3, *config.frame), art["profile"]
     deployed = {name: blocks.deploy(net) for name, net in nets.items()}
     measured = {name: None for name in nets}
@@ -705,11 +872,14 @@ def stage_evaluate(config, pairs, art, device):
         times = profile_device.time_together({n: (d, shape) for n, d in deployed.items()}, device, rounds=40)
         measured = {name: statistics.median(ms) for name, ms in times.items()}
     choices = {"base": {}, "chosen": art["finetune"]["choice"]}
-    rows = {name: {**evaluate(net, pairs("test"), device), "params": blocks.count_params(deployed[name]),
+    nets = {name: as_scored(net, config) for name, net in nets.items()}
+    own = score_nets(nets, pairs("test"), device, "test")
+    rows = {name: {**own[name], "params": blocks.count_params(deployed[name]),
                    "mb": sum(p.numel() * p.element_size() for p in deployed[name].parameters()) / 1e6,
                    "gmacs": blocks.count_macs(deployed[name], shape) / 1e9, "latency_ms": measured[name],
-                   "predicted_ms": profile_device.network_ms(table, choices[name])} for name, net in nets.items()}
-    return {"test_pairs": len(pairs("test")), "blurred": evaluate(None, pairs("test"), device), **rows}
+                   "predicted_ms": profile_device.network_ms(table, choices[name])} for name in nets}
+    tests = {name: score_nets(nets, test, device, name) for name, test in sets.items()}
+    return {"test_pairs": own["pairs"], "blurred": own["blurred"], **rows, "tests": tests, "protocol": protocol(config)}
 
 
 # -------------------------------------------------------------------------------- the report
@@ -743,6 +913,92 @@ PAPER_TABLE_1 = {
     "dec0": (.0195, .07, -.0002, 2.13, 8.37, 1.2e12)}
 
 
+# Tables 4 and 5 as printed: PSNR in dB / SSIM, and GMACs (65 is NAFNet at 512x512).
+PAPER_TABLE_4 = {
+    "columns": ("GoPro", "RealBlur-J", "RealBlur-R", "HIDE"),
+    "SRN": "30.26/.934 28.56/.867 35.66/.947 28.36/.915",
+    "DPDNet": "29.08/.914 27.87/.827 32.51/.841 25.73/.874",
+    "DMPHN": "31.20/.940 28.42/.860 35.70/.948 29.09/.924",
+    "DBGAN": "31.10/.942 24.93/.745 33.78/.909 28.94/.915",
+    "MPRNet": "32.66/.959 28.70/.873 35.99/.952 30.96/.939",
+    "MT-RNN": "31.15/.945 28.44/.862 35.79/.951 29.15/.918",
+    "Restormer": "32.92/.961 28.96/.879 36.19/.957 31.22/.942",
+    "NAFNet": "35.80/.980 26.48/.823 33.78/.943 30.45/.913",
+    "Ours": "33.76/.942 26.51/.824 33.82/.943 30.36/.912"}
+PAPER_TABLE_5 = {
+    "columns": ("DPDD-indoor", "DPDD-outdoor", "GMACs"),
+    "DPDNet": "26.54/.816 22.25/.682 991", "KPAC": "27.97/.852 22.62/.701 -", "IFAN": "28.11/.861 22.76/.720 363",
+    "DMENet": "25.50/.788 21.43/.644 1173", "EBDB": "25.77/.772 21.25/.599 -", "JNB": "26.73/.828 21.10/.608 -",
+    "Restormer": "28.87/.882 23.24/.743 141", "KBNet": "28.89/.883 23.32/.749 108",
+    "NAFNet": "24.44/.766 18.83/.574 65", "Ours": "19.93/.686 18.89/.567 63",
+    "Ours (fine-tuned)": "26.87/.818 21.89/.656 63"}
+
+
+def test_tables(tests, gmacs, frame):
+    """Tables 4 and 5: the paper's rows and ours for each --test set -> Markdown parts, none without sets.
+
+    tests {NAME: score_nets}; gmacs {net: GMACs at frame}. Table 5 is for the names of its columns, Table 4
+    for all others.
+    """
+    defocus = [name for name in tests if name in PAPER_TABLE_5["columns"]]
+    motion = [name for name in tests if name not in defocus]
+    parts = []
+    for title, paper, names in (("4", PAPER_TABLE_4, motion), ("5 (defocus)", PAPER_TABLE_5, defocus)):
+        if names:
+            columns = [*paper["columns"], *(name for name in names if name not in paper["columns"])]
+            rows = [[f"{method}, published", *row.split(), *[""] * (len(columns) - len(row.split()))]
+                    for method, row in paper.items() if method != "columns"]
+            rows += [[f"{net}, here", *(test_cell(column, net, tests, gmacs) for column in columns)]
+                     for net in tests[names[0]] if net != "pairs"]
+            sizes = ", ".join(f"{name} {tests[name]['pairs']} pairs" for name in names)
+            macs = f"; GMACs at {'x'.join(map(str, frame))}" if "GMACs" in columns else ""
+            parts += [f"## Table {title}: PSNR dB/SSIM on further test sets", markdown(["", *columns], rows),
+                      f"Rows marked published are the paper's own figures. Here: {sizes}{macs}."]
+    return parts
+
+
+def test_cell(column, net, tests, gmacs):
+    """Our figure for one net in one column of Table 4 or 5; empty if there is none."""
+    if column == "GMACs":
+        return f"{gmacs[net]:.1f}" if net in gmacs else ""
+    return score_cell(tests[column][net]) if column in tests else ""
+
+
+def score_cell(score):
+    return f"{score['psnr_db']:.2f}/{score['ssim']:.3f}".replace("/0.", "/.")
+
+
+def adapted_text(config, tuned):
+    """report.md of a net that was adapted: every set before and after."""
+    rows = [[name, score["pairs"], *(score_cell(score[net]) for net in ("blurred", "before", "after"))]
+            for name, score in tuned["scores"].items()]
+    gmacs = {net: tuned["gmacs"] for net in ("before", "after")}
+    tests = {name: score for name, score in tuned["scores"].items() if name in test_sets(config)}
+    parts = [f"# {config.from_} adapted to {config.data or 'made pairs'}",
+             markdown(["PSNR dB/SSIM", "pairs", "blurred input", "before", "after"], rows),
+             f"{config.finetune_steps} steps of fine-tuning from {config.finetune_lr}, no new search. "
+             + protocol(config),
+             *test_tables(tests, gmacs, config.frame)]
+    return "\n\n".join(parts) + "\n"
+
+
+def site_table(art, names):
+    """The chosen net site by site: how salient, what the swap gains in ms, what it costs in dB -> Markdown.
+
+    Gain and cost: the candidate as it was scored, before fine-tuning, with this one swap taken back.
+    """
+    scores, table, tuned = art["saliency"]["scores"], art["profile"], art["finetune"]
+    back = (art["search"].get("taken_back") or [{}] * len(tuned["candidates"]))[tuned["picked"]]
+    rows, sites = [], list(tuned["choice"])
+    for site, option in tuned["choice"].items():
+        rank = statistics.fmean(1 + sum(abs(row[s]) > abs(row[site]) for s in sites) for row in scores.values())
+        ms, cost = table["sites"][site], back.get("cost_db", {}).get(site)
+        saved = back.get("saved_ms", {}).get(site, ms[0] - ms[option])
+        rows.append([site, f"{rank:.2f}", f"{ms[0]:.2f}", f"{option} {names[option]}", f"{ms[option]:.2f}",
+                     f"{saved:.2f}" if option else "", "" if cost is None else f"{cost:+.2f}"])
+    return markdown(["site", "saliency rank", "base ms", "choice", "ms", "gained ms", "cost dB"], rows)
+
+
 def gain_words(metrics):
     """Speed and quality of the chosen net in one line."""
     base, chosen = metrics["base"], metrics["chosen"]
@@ -759,14 +1015,12 @@ def report_text(config, art):
     scores, ranks, kept = art["saliency"]["scores"], art["saliency"]["mean_ranks"], art["saliency"]["critical"]
     stage = {m: {s: sum(v for site, v in row.items() if site.split(".")[0] == s) for s in ranks} for m, row in scores.items()}
     names = [block.__name__ for block in blocks.BLOCKS]
-    chosen = [[site, f"{o} {names[o]}", f"{table['sites'][site][0]:.2f}", f"{table['sites'][site][o]:.2f}"]
-              for site, o in tuned["choice"].items()]
     agree = [["base", *predicted_error(metrics["base"])], ["chosen", *predicted_error(metrics["chosen"])]]
     measured = ", ".join(f"{k} {table[k]}" for k in ("device", "runtime", "precision", "threads", "date") if k in table)
     parts = [
         "# What did I gain", gain_table(metrics), gain_words(metrics),
-        f"{metrics['test_pairs']} test pairs ({config.data or 'made'}), whole RGB images, outputs clamped and rounded to "
-        f"8 bits; frame {config.frame[0]}x{config.frame[1]}. Test images took no part in training, search or selection.",
+        f"{metrics['test_pairs']} test pairs ({config.data or 'made'}); frame {config.frame[0]}x{config.frame[1]}. "
+        f"{metrics['protocol']} Test images took no part in training, search or selection.",
         "## Table 1: saliency per stage", markdown(
             ["stage", *stage, "mean rank"],
             [[s + (" (kept)" if s in kept else ""), *(f"{stage[m][s]:.3g}" for m in stage), f"{ranks[s]:.2f}"] for s in ranks]),
@@ -792,7 +1046,10 @@ def report_text(config, art):
               f"{metrics[n]['psnr_db']:.2f}", f"{metrics[n]['ssim']:.4f}"] for n in ("base", "chosen")]
             + [["NAFNet, published (GoPro, S24 Ultra)", "17.112", "107", "177", "35.80", "0.980"],
                ["Ours, published (GoPro, S24 Ultra)", "17.110", "106", "147", "33.76", "0.942"]]),
-        "## The chosen net, site by site", markdown(["site", "option", "base ms", "ms"], chosen),
+        *test_tables(metrics["tests"], {n: metrics[n]["gmacs"] for n in ("base", "chosen")}, config.frame),
+        "## The chosen net, site by site", site_table(art, names),
+        "Saliency rank: the site's rank among the sites, mean over the six measures; 1 is the most salient. Cost: PSNR "
+        "on validation, before fine-tuning, that this swap alone costs; gain: the predicted latency that it saves.",
         "## Predicted against measured latency", markdown(["net", "predicted ms", "measured ms", "error"], agree),
         "![samples](samples.png)",
         f"Seed {config.seed}; torch {torch.__version__}, numpy {np.__version__}, python {platform.python_version()}.",
@@ -949,7 +1206,8 @@ def worst_window(error, crop):
 
 def stage_report(config, pairs, art, device):
     """report.md, pareto.png and samples.png -> {file name: bytes}."""
-    samples = samples_picture(pairs("test"), base_net(art, device), chosen_net(art, device), device)
+    nets = [as_scored(net, config) for net in (base_net(art, device), chosen_net(art, device))]
+    samples = samples_picture(pairs("test"), *nets, device)
     return {"pareto.png": png(pareto_picture(art["search"], art["finetune"])), "samples.png": png(samples),
             "report.md": report_text(config, art).encode()}
 
@@ -1020,23 +1278,33 @@ class Stage(NamedTuple):
     knobs: tuple
 
 
-DATA = ("seed", "data", "made_train", "made_test", "made_size", "val_pairs")
+DATA = ("seed", "data", "few", "made_train", "made_test", "made_size", "val_pairs")
 STAGES = {
     "base": Stage(stage_base, "base.pt", (), DATA + ("weights", "width", "enc", "middle", "dec", "crop", "batch",
-                                                     "base_steps", "base_lr")),
+                                                     "base_steps", "base_lr", "amp")),
     "saliency": Stage(stage_saliency, "saliency.json", ("base",), ()),
     "profile": Stage(stage_profile, "profile.json", ("base", "saliency"), ("frame", "target")),
-    "distill": Stage(stage_distill, "surrogates.pt", ("base", "saliency"), ("distill_share", "distill_steps", "distill_lr")),
+    "distill": Stage(stage_distill, "surrogates.pt", ("base", "saliency"),
+                     ("distill_share", "distill_steps", "distill_lr", "amp")),
     "search": Stage(stage_search, "search.json", ("base", "saliency", "profile", "distill"), ("evaluations", "candidates")),
-    "finetune": Stage(stage_finetune, "finetuned.pt", ("base", "distill", "search"), ("finetune_steps", "finetune_lr", "pick")),
-    "evaluate": Stage(stage_evaluate, "metrics.json", ("base", "profile", "finetune"), ()),
+    "finetune": Stage(stage_finetune, "finetuned.pt", ("base", "distill", "search"),
+                      ("from_", "finetune_steps", "finetune_lr", "pick", "amp")),
+    "evaluate": Stage(stage_evaluate, "metrics.json", ("base", "profile", "finetune"), ("test", "tlc")),
     "report": Stage(stage_report, "report.md", ("base", "saliency", "profile", "search", "finetune", "evaluate"), ()),
 }
+ADAPT = Stage(stage_adapt, "finetuned.pt", (), DATA + ("from_", "test", "tlc", "crop", "batch", "frame",
+                                                       "finetune_steps", "finetune_lr", "amp"))
+
+
+def stage_of(config, name):
+    """The stage of that name; finetune has another form with --from."""
+    return ADAPT if config.from_ and name == "finetune" else STAGES[name]
 
 
 def relevant(config, name):
     """{flag name: value} of everything that the artefact of stage `name` depends on."""
-    knobs = set(STAGES[name].knobs).union(*(relevant(config, need) for need in STAGES[name].needs))
+    stage = stage_of(config, name)
+    knobs = set(stage.knobs).union(*(relevant(config, need) for need in stage.needs))
     return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)
             if field.name in knobs}
 
@@ -1134,29 +1402,46 @@ def say(line):
 def run(config, stage, out, device="cpu"):
     """Run one stage, or "all" in order, in folder `out`; what is there and matches is reused."""
     out = Path(out)
-    pairs = functools.cache(lambda split: split_pairs(config, split))
+    pairs = functools.cache(lambda split: training_pairs(config) if split == "train" else split_pairs(config, split))
     wanted = list(STAGES) if stage == "all" else [stage]
+    if config.from_ and stage != "finetune":
+        raise InputError(f"--from {config.from_} goes with --stage finetune, not {stage}")
     if config.data and stage == "all":
         pairs("train"), pairs("test")                     # what is wrong with them is better known at once
+    if stage == "all":
+        named_pairs(config)
     for name in wanted:
         path = out / STAGES[name].artefact
         if name != "report" and path.exists():
             load_artefact(path, name, config)
             say(f"{name}: {path} matches and is reused")
             continue
-        art = {need: earlier(out, need, config, name) for need in STAGES[name].needs}
+        art = {need: earlier(out, need, config, name) for need in stage_of(config, name).needs}
         started = time.perf_counter()
-        payload = STAGES[name].function(config, pairs, art, device)
+        payload = stage_of(config, name).function(config, pairs, art, device)
         if name == "report":
             for file, content in payload.items():
                 write_file(out / file, content)
         else:
             save_artefact(path, described(config, name, payload))
         say(f"{name}: {path} written, {time.perf_counter() - started:.1f} s")
-    if wanted[-1] in ("evaluate", "report"):
+    conclude(config, wanted[-1], out)
+
+
+def conclude(config, last, out):
+    """Print what was gained, where everything is, and what to try next."""
+    if last in ("evaluate", "report"):
         metrics = earlier(out, "evaluate", config, "report")
-        print(f"{gain_table(metrics)}\n\n{gain_words(metrics)}\n\nEverything is in {out}, the tables in report.md. Then try:\n"
-              f"  python hwdeblur.py --stage deblur --out {out} --input photo.jpg --output sharp.png")
+        parts = [gain_table(metrics), gain_words(metrics),
+                 *test_tables(metrics["tests"], {n: metrics[n]["gmacs"] for n in ("base", "chosen")}, config.frame)]
+    elif last == "finetune" and config.from_:
+        text = adapted_text(config, earlier(out, "finetune", config, "finetune"))
+        write_file(out / "report.md", text.encode())
+        parts = [text.strip()]
+    else:
+        return
+    print("\n\n".join(parts) + f"\n\nEverything is in {out}, the tables in report.md. Then try:\n"
+          f"  python hwdeblur.py --stage deblur --out {out} --input photo.jpg --output sharp.png")
 
 
 def earlier(out, name, config, wanted_by):
@@ -1174,9 +1459,7 @@ def run_deblur(source, target, out, device):
     path = Path(out) / STAGES["finetune"].artefact
     if not path.exists():
         raise InputError(f"--stage deblur needs {path}, which is not there: run --stage all --out {out} first")
-    tuned = load_torch(path, "delete it and run --stage finetune")
-    if not isinstance(tuned, dict) or not {"params", "arch", "choice"} <= tuned.keys():
-        raise InputError(f"{path} is not an artefact of stage finetune: delete it and run --stage finetune")
+    tuned = load_tuned(path)
     deblur_file(blocks.deploy(chosen_net({"finetune": tuned}, device)), source, target, device)
     say(f"deblur: {target} written")
 
@@ -1208,11 +1491,17 @@ def parser():
     p.add_argument("--input", help="stage deblur: a photograph")
     p.add_argument("--output", help="stage deblur: where the restored one goes, .png or .jpg")
     for field in dataclasses.fields(Config):
-        many = isinstance(field.default, tuple) and field.name != "frame"
-        kind = sides if field.name == "frame" else int if many else type(field.default)
-        default = "x".join(map(str, field.default)) if field.name == "frame" else shown(plain(field.default))
-        p.add_argument(flag(field.name), type=kind, nargs="+" if many else None, choices=CHOICES.get(field.name),
-                       default=argparse.SUPPRESS, help=f"{field.metadata['help']} ({default})")
+        many = isinstance(field.default, tuple) and field.name not in ("frame", "test")
+        kind = sides if field.name == "frame" else str if field.name == "test" else int if many else type(field.default)
+        default = "x".join(map(str, field.default)) if field.name == "frame" else shown(plain(field.default)) or "none"
+        options = dict(dest=field.name, default=argparse.SUPPRESS, help=f"{field.metadata['help']} ({default})")
+        if kind is bool:
+            p.add_argument(flag(field.name), action="store_true", **options)
+        elif field.name == "test":
+            p.add_argument(flag(field.name), action="append", metavar="NAME=PATH", **options)
+        else:
+            p.add_argument(flag(field.name), type=kind, nargs="+" if many else None, choices=CHOICES.get(field.name),
+                           metavar=None if field.name in CHOICES else field.name.strip("_").upper(), **options)
     return p
 
 

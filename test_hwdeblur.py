@@ -634,6 +634,69 @@ class Data(unittest.TestCase):
                 got = [(s.parent.name, s.name, b.parent.name, b.name) for s, b in hwdeblur.list_pairs(root, "train")]
                 self.assertEqual(got, [(sharp, "a.png", blur, "a.png"), (sharp, "b.PNG", blur, "b.PNG")])
 
+    def test_only_known_folders_count_in_any_case_and_each_needs_its_partners(self):
+        with tempfile.TemporaryDirectory() as root:
+            scene = Path(root) / "test_c" / "scene"                    # DPDD calls its splits so
+            self.folder(scene, ["a.png"], ("Source", "TARGET"))
+            self.folder(Path(root) / "test_l", ["a.png"], ("source",))
+            self.folder(Path(root) / "test_c" / "gopro", ["a.png"], ("blur", "blur_gamma", "sharp"))
+            self.folder(Path(root) / "test_c" / ".cache", ["a.png"], ("blur",))
+            (scene / "Source" / "folder.png").mkdir()
+            names = [(s.parent.name, b.parent.name) for s, b in hwdeblur.list_pairs(root, "test")]
+            self.assertEqual(names, [("sharp", "blur"), ("TARGET", "Source")])
+            self.folder(Path(root) / "test_c" / "lost", ["a.png"], ("gt",))
+            with self.assertRaisesRegex(hwdeblur.InputError, "lost/gt has images but no folder of partners"):
+                hwdeblur.list_pairs(root, "test")
+
+    def test_further_test_sets(self):
+        with tempfile.TemporaryDirectory() as root:
+            for folder, names in (("train", ["a.png"]), ("test/GoPro", ["b.png"]), ("test/HIDE", ["c.png", "d.png"])):
+                self.folder(Path(root) / folder, names)
+            list_file = Path(root, "RealBlur_J_test_list.txt")
+            list_file.write_text("train/sharp/a.png train/blur/a.png \r\n")
+            config = hwdeblur.Config(test=(f"whole={root}", f"HIDE={root}/test/HIDE", f"R={list_file}"))
+            counts = {name: len(pairs) for name, pairs in hwdeblur.named_pairs(config).items()}
+            self.assertEqual(counts, {"whole": 3, "HIDE": 2, "R": 1})
+            for wrong in (["x"], ["=x"], ["a=x", "a=y"], [f"a={root}/none"], [f"a={root}/test/HIDE/blur"]):
+                with self.assertRaises(hwdeblur.InputError):
+                    hwdeblur.named_pairs(hwdeblur.Config(test=tuple(wrong)))
+
+    def test_few_photographs_are_joined_by_made_pairs_half_and_half(self):
+        with tempfile.TemporaryDirectory() as root:
+            self.folder(Path(root) / "train", [f"{i}.png" for i in range(4)])
+            config = hwdeblur.Config(data=root, crop=16, made_train=9, made_size=16)
+            with contextlib.redirect_stderr(io.StringIO()):
+                mixed = hwdeblur.training_pairs(config)
+                again = hwdeblur.training_pairs(config)
+            own = hwdeblur.split_pairs(config, "train")
+            self.assertEqual([mixed.count(pair) for pair in own], [3] * 3)
+            self.assertEqual(sum(torch.is_tensor(pair[0]) for pair in mixed), 9)
+            for a, b in zip(mixed, again):
+                self.assertTrue(torch.equal(a[0], b[0]) if torch.is_tensor(a[0]) else a == b)
+            for other in ({"few": 3}, {"few": 0}, {"from_": "x"}):
+                self.assertEqual(hwdeblur.training_pairs(hwdeblur.Config(data=root, crop=16, **other)), own)
+
+    def test_decoded_images_are_kept_up_to_a_number_of_bytes(self):
+        loads = []
+        read = hwdeblur.keep_recent(lambda i: loads.append(i) or (torch.zeros(10, dtype=torch.uint8),) * 2, limit=60)
+        for i in (1, 2, 3, 1, 4, 1, 2):                                # 20 bytes a pair: three fit
+            read(i)
+        self.assertEqual(loads, [1, 2, 3, 4, 2])
+
+    def test_workers_make_the_same_batches(self):
+        with tempfile.TemporaryDirectory() as root:
+            for i in range(3):
+                Image.effect_noise((24, 20), 50).save(Path(root, f"{i}.png"))
+            pairs, state = [(Path(root, f"{i}.png"),) * 2 for i in range(3)], torch.get_rng_state()
+            alone, helped = (hwdeblur.crops(pairs, 5, 16, 2, workers=n) for n in (0, 1))
+            for step in (3, 4, 0):
+                for a, b in zip(alone(step), helped(step)):
+                    self.assertTrue(torch.equal(a, b))
+            self.assertTrue(torch.equal(state, torch.get_rng_state()))
+            Path(root, "1.png").write_bytes(b"no image")
+            with self.assertRaisesRegex(hwdeblur.InputError, "^cannot read image [^\n]*1.png[^\n]*$"):
+                list(map(hwdeblur.crops(pairs, 5, 16, 2, workers=1), range(9)))
+
     def test_one_layout_per_scene_and_no_name_twice(self):
         with tempfile.TemporaryDirectory() as root:
             scene = Path(root) / "train" / "scene"
@@ -693,6 +756,48 @@ class Weights(unittest.TestCase):
                 torch.save(content, path)
                 with self.assertRaises(hwdeblur.InputError):
                     hwdeblur.load_weights(path)
+
+
+class Report(unittest.TestCase):
+    def test_the_site_table_says_what_each_swap_costs_and_gains(self):
+        measures = {m: {"enc0.0": a, "enc0.1": b, "mid.0": 99.0} for m, a, b in (("one", 2.0, -3.0), ("two", 5.0, 4.0))}
+        art = {"saliency": {"scores": measures},
+               "profile": {"sites": {"enc0.0": [9.0, 4.0, 3.0], "enc0.1": [8.0, 2.0, 1.0]}},
+               "finetune": {"choice": {"enc0.0": 2, "enc0.1": 0}, "candidates": [{}, {}], "picked": 1},
+               "search": {"taken_back": [{}, {"cost_db": {"enc0.0": 0.123}, "saved_ms": {"enc0.0": 5.5}}]}}
+        lines = hwdeblur.site_table(art, "ABC").splitlines()[2:]
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+        self.assertEqual(rows, [["enc0.0", "1.50", "9.00", "2 C", "3.00", "5.50", "+0.12"],
+                                ["enc0.1", "1.50", "8.00", "0 A", "8.00", "", ""]])
+        del art["search"]["taken_back"]
+        self.assertIn("| 6.00 ", hwdeblur.site_table(art, "ABC"))
+
+
+class Autocast(unittest.TestCase):
+    def test_bfloat16_training_stays_close_and_keeps_float32_weights(self):
+        net = small_net()
+        with torch.no_grad():
+            net.ending.weight.mul_(0.1)                                # an output near the image, as after training
+        batch_at = lambda step: (images(2, 3, 16, 16, seed=step), images(2, 3, 16, 16, seed=step + 9))
+        with contextlib.redirect_stderr(io.StringIO()):
+            plain, low = (hwdeblur.train(net, batch_at, 5, 1e-3, amp=amp) for amp in (False, True))
+        moved = [abs(a - b).max().item() for a, b in zip(plain.parameters(), low.parameters())]
+        self.assertTrue(all(p.dtype == torch.float32 for p in low.parameters()))
+        self.assertGreater(max(moved), 0)                              # bfloat16 was used
+        self.assertLess(max(moved), 1.1e-2)                            # five steps of at most 1e-3 apiece, both ways
+        before, after = (hwdeblur.psnr(n(batch_at(0)[0]), batch_at(0)[1]) for n in (net, low))
+        self.assertGreater(after, before)
+
+    def test_bfloat16_distillation_starts_at_one_and_falls(self):
+        batch_at = lambda step: images(2, 3, 16, 16, seed=step)
+        surrogates, losses = blocks.distill(small_net(), ["mid.0"], batch_at, 30, 3e-2, 0, amp=True)
+        exact, _ = blocks.distill(small_net(), ["mid.0"], batch_at, 30, 3e-2, 0)
+        for option, curve in losses["mid.0"].items():
+            self.assertAlmostEqual(curve[0], 1, places=5)
+            self.assertLess(curve[-1], 0.95)
+            weights = [s["mid.0"][option].state_dict() for s in (surrogates, exact)]
+            self.assertTrue(all(v.dtype == weights[1][k].dtype for k, v in weights[0].items()))
+            self.assertFalse(all(torch.equal(v, weights[1][k]) for k, v in weights[0].items()))
 
 
 class Deblur(unittest.TestCase):
@@ -849,11 +954,60 @@ class Whole(unittest.TestCase):
                 for kind in ("blur", "sharp"):
                     (root / split / "s" / kind).mkdir(parents=True, exist_ok=True)
                     Image.effect_noise(size, 30 if kind == "sharp" else 10).save(root / split / "s" / kind / f"{i}.png")
-        status, _, said = self.command("--stage", "all", "--target", "paper", *self.TINY, "--data", root,
-                                       out=Path(self.folder.name) / "real")
+        out = Path(self.folder.name) / "real"
+        status, printed, said = self.command(
+            "--stage", "all", "--target", "paper", *self.TINY, "--data", root, "--tlc", "--amp", "--workers", 1,
+            "--test", f"DPDD-indoor={root}", "--test", f"mine={root / 'train'}", out=out)
         self.assertEqual(status, 0, said)
+        metrics = json.loads((out / "metrics.json").read_text())
+        counts = {name: test["pairs"] for name, test in metrics["tests"].items()}
+        self.assertEqual(counts, {"DPDD-indoor": 2, "mine": 3})
+        self.assertEqual(metrics["tests"]["DPDD-indoor"]["chosen"]["ssim"], metrics["chosen"]["ssim"])
+        report = (out / "report.md").read_text()
+        self.assertIn("a local window of 48 pixels", report)
+        for score in (metrics["base"]["psnr_db"], metrics["tests"]["mine"]["blurred"]["psnr_db"]):
+            self.assertIn(f"{score:.2f}/", report.split("## Table 4")[1].split("## The chosen net")[0])
+        for text in (printed, report):                                 # published figures of Tables 4 and 5
+            self.assertRegex(text, r"NAFNet, published +\| 35.80/.980 ")
+            self.assertRegex(text, r"Ours \(fine-tuned\), published \| 26.87/.818 +\| 21.89/.656 +\| 63 ")
+        values, net = [], hwdeblur.base_net({"base": torch.load(out / "base.pt", weights_only=True)})
+        blocks.set_window(net, 48)
+        for i in range(2):
+            blur, sharp = (torch.tensor(np.array(Image.open(root / "test" / "s" / kind / f"{i}.png").convert("RGB")))
+                           for kind in ("blur", "sharp"))              # (H, W, 3)
+            output = net(blur.permute(2, 0, 1)[None] / 255).detach()[0].permute(1, 2, 0).clamp(0, 1)
+            values.append(10 * np.log10(255 ** 2 / ((output * 255).round() - sharp).double().square().mean().item()))
+        self.assertAlmostEqual(metrics["base"]["psnr_db"], np.mean(values), places=4)
+        self.adapted(root)
         self.refused("too small to be cropped at --crop 45", "--stage", "base", *self.TINY, "--data", root, "--crop", 45,
                      out=Path(self.folder.name) / "real2")
+
+
+    def adapted(self, root):
+        """The net found on made pairs, adapted to the pairs in `root`: --stage finetune --from."""
+        out, start = Path(self.folder.name) / "adapted", self.out / "finetuned.pt"
+        flags = ("--stage", "finetune", "--from", start, "--data", root, "--crop", 32, "--batch", 2,
+                 "--finetune-lr", 0.01, "--test", f"DPDD-outdoor={root}")
+        status, printed, said = self.command(*flags, "--finetune-steps", 5, out=out)
+        self.assertEqual(status, 0, said)
+        tuned, found = (torch.load(path, weights_only=True) for path in (out / "finetuned.pt", start))
+        self.assertEqual((tuned["choice"], tuned["arch"]), (found["choice"], found["arch"]))
+        config = hwdeblur.Config(data=str(root), crop=32)
+        for split, name in (("val", "validation"), ("test", "test")):
+            for when, art in (("before", found), ("after", tuned)):
+                score = hwdeblur.evaluate(hwdeblur.chosen_net({"finetune": art}), hwdeblur.split_pairs(config, split))
+                self.assertEqual(score, tuned["scores"][name][when])
+                self.assertIn(f"{score['psnr_db']:.2f}/", printed)
+        self.assertNotEqual(tuned["scores"]["test"]["before"], tuned["scores"]["test"]["after"])
+        self.assertIn("Table 5", (out / "report.md").read_text())
+        picture = root / "test" / "s" / "blur" / "0.png"
+        status, _, said = self.command("--stage", "deblur", "--input", picture, "--output", root / "o.png", out=out)
+        self.assertEqual(status, 0, said)
+        self.refused("--from .*finetuned.pt, not ''", "--stage", "finetune", "--data", root, out=out)
+        self.refused("--finetune-steps 5, not 6", *flags, "--finetune-steps", 6, out=out)
+        self.refused("goes with --stage finetune", "--stage", "all", "--from", start, out=out)
+        for file, pattern in ((root / "o.png", "no checkpoint of tensors"), (self.out / "base.pt", "not an artefact")):
+            self.refused(pattern, "--stage", "finetune", "--from", file, out=root / "new")
 
 
 class Project(unittest.TestCase):
