@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from scipy.stats import kendalltau
 
 import blocks
 import profile_device
@@ -62,7 +63,9 @@ class Config:
     base_steps: int = knob(2800, "steps of base training")
     base_lr: float = knob(2e-3, "first learning rate of base training, cosine to 1e-7")
     frame: tuple = knob((256, 256), "input of the profiled net, height and width in pixels (III-A: 512)")
-    target: str = knob("local", "latency table: local (this machine) or paper (its table 2)")
+    target: str = knob("local", "latency table: local (this machine), qai-hub (a phone) or paper (its table 2)")
+    hub_device: str = knob(profile_device.HUB_DEVICE, "device of Qualcomm AI Hub, for --target qai-hub (III-A)")
+    hub_runtime: str = knob("tflite", "runtime on that device: tflite, qnn_context_binary or onnx")
     distill_share: float = knob(0.25, "share of the training pairs used for distillation (III-A)")
     distill_steps: int = knob(150, "steps of distillation, all surrogates in one pass (II-B)")
     distill_lr: float = knob(4e-3, "first learning rate of distillation, cosine to 0")
@@ -79,7 +82,8 @@ PRESETS = {
                   frame=(512, 512), distill_steps=20_000, distill_lr=1e-3, evaluations=200,
                   finetune_steps=100_000, finetune_lr=1e-4, made_train=2000, made_size=384),
 }
-CHOICES = {"target": ("local", "paper"), "pick": ("best", "fastest")}
+CHOICES = {"target": ("local", "qai-hub", "paper"), "hub_runtime": profile_device.HUB_RUNTIMES,
+           "pick": ("best", "fastest")}
 
 
 def check(config):
@@ -581,10 +585,13 @@ def stage_profile(config, pairs, art, device):
     surrogates = {site: {k: blocks.new_surrogate(net, site, k, config.seed) for k in range(1, len(blocks.BLOCKS))}
                   for site in sites}
     try:
-        return profile_device.latency_table(net, surrogates, sites, config.frame, config.target,
-                                            blocks.deploy, device)
+        table = profile_device.latency_table(net, surrogates, sites, config.frame, config.target,
+                                             blocks.deploy, device, hub=art.get("hub"))
     except ValueError as error:
         raise InputError(str(error)) from None
+    for line in profile_device.remarks(table):
+        say(line)
+    return table
 
 
 def stage_distill(config, pairs, art, device):
@@ -613,10 +620,11 @@ def finite(module):
 def penalties(table, sites):
     """One array per site: its options' ms over the base blocks' total, so that the base has penalty 1.
 
-    That is the order of magnitude of the loss in dB (II-C); no result depends on the factor.
+    That is the order of magnitude of the loss in dB (II-C); no result depends on the factor. An option
+    that the device cannot run (None in the table) has an infinite penalty.
     """
     total = sum(table["sites"][site][0] for site in sites)
-    return [np.array(table["sites"][site]) / total for site in sites]
+    return [np.array([math.inf if ms is None else ms / total for ms in table["sites"][site]]) for site in sites]
 
 
 def stage_search(config, pairs, art, device):
@@ -669,16 +677,58 @@ def stage_evaluate(config, pairs, art, device):
     nets = {"base": base_net(art, device), "chosen": chosen_net(art, device)}
     shape, table = (1, 3, *config.frame), art["profile"]
     deployed = {name: blocks.deploy(net) for name, net in nets.items()}
-    measured = {name: None for name in nets}
-    if config.target == "local":
-        times = profile_device.time_together({n: (d, shape) for n, d in deployed.items()}, device, rounds=40)
-        measured = {name: statistics.median(ms) for name, ms in times.items()}
+    measured = whole_net_ms(config.target, {n: (d, shape) for n, d in deployed.items()}, device, art.get("hub"))
     choices = {"base": {}, "chosen": art["finetune"]["choice"]}
     rows = {name: {**evaluate(net, pairs("test"), device), "params": blocks.count_params(deployed[name]),
                    "mb": sum(p.numel() * p.element_size() for p in deployed[name].parameters()) / 1e6,
                    "gmacs": blocks.count_macs(deployed[name], shape) / 1e9, "latency_ms": measured[name],
                    "predicted_ms": profile_device.network_ms(table, choices[name])} for name, net in nets.items()}
-    return {"test_pairs": len(pairs("test")), "blurred": evaluate(None, pairs("test"), device), **rows}
+    return {"test_pairs": len(pairs("test")), "blurred": evaluate(None, pairs("test"), device), **rows,
+            "sums": do_the_sums_hold(config, table, nets["base"], choices, measured, device)}
+
+
+def whole_net_ms(target, entries, device, hub):
+    """{name: (deployed net, shape)} -> {name: measured ms, None where the target measures no whole net}."""
+    if target == "local":
+        return {name: statistics.median(ms) for name, ms in
+                profile_device.time_together(entries, device, rounds=40).items()}
+    if target == "qai-hub":
+        found = profile_device.profile_hub({n: (net.cpu(), shape) for n, (net, shape) in entries.items()}, **(hub or {}))
+        for line in profile_device.remarks({"modules": found}):
+            say(line)
+        return {name: result["ms"] for name, result in found.items()}
+    return {name: None for name in entries}
+
+
+def do_the_sums_hold(config, table, base, choices, measured, device, count=30):
+    """Predicted against measured ms of base and chosen and, locally, of `count` random configurations.
+
+    {rows, tau: Kendall's (None below three nets), mean_relative_error (None without a measurement), measured_on}.
+    """
+    rows = [{"net": name, "predicted_ms": profile_device.network_ms(table, choices[name]), "measured_ms": measured[name]}
+            for name in choices if measured[name] is not None]
+    where = {key: table[key] for key in ("device", "runtime", "precision", "statistic") if key in table} if rows else None
+    if config.target == "local":
+        where = profile_device.machine(device)
+        rows += random_rows(table, base, config.frame, device, count, np.random.default_rng([config.seed, 5]))
+    predicted, got = ([row[key] for row in rows] for key in ("predicted_ms", "measured_ms"))
+    return {"rows": rows, "measured_on": where, "tau": float(kendalltau(predicted, got).statistic) if len(rows) > 2 else None,
+            "mean_relative_error": statistics.fmean(abs(p / g - 1) for p, g in zip(predicted, got)) if rows else None}
+
+
+def random_rows(table, base, frame, device, count, rng):
+    """Predicted and measured ms of `count` random configurations, timed in interleaved rounds.
+
+    The nets are put together from blocks deployed once, untrained: no time depends on the weights.
+    """
+    surrogates = {site: {k: blocks.deploy(blocks.new_surrogate(base, site, k, 0))
+                         for k in range(1, len(blocks.BLOCKS))} for site in table["sites"]}
+    base, sites = blocks.deploy(base), list(table["sites"])
+    draws = [choice_of(sites, rng.integers(0, len(blocks.BLOCKS), len(sites))) for _ in range(count)]
+    entries = {i: (blocks.assemble(base, surrogates, choice), (1, 3, *frame)) for i, choice in enumerate(draws)}
+    times = profile_device.time_together(entries, device, rounds=8, warmup=1)
+    return [{"net": " ".join(map(str, choice.values())), "predicted_ms": profile_device.network_ms(table, choice),
+             "measured_ms": statistics.median(times[i])} for i, choice in enumerate(draws)]
 
 
 # -------------------------------------------------------------------------------- the report
@@ -715,8 +765,9 @@ PAPER_TABLE_1 = {
 def gain_words(metrics):
     """Speed and quality of the chosen net in one line."""
     base, chosen = metrics["base"], metrics["chosen"]
-    key = "predicted_ms" if base["latency_ms"] is None else "latency_ms"
-    how = "predicted from the table" if base["latency_ms"] is None else "measured, interleaved"
+    key = "predicted_ms" if None in (base["latency_ms"], chosen["latency_ms"]) else "latency_ms"
+    how = "predicted from the table" if key == "predicted_ms" else "measured on the device" if \
+        "statistic" in metrics["sums"]["measured_on"] else "measured, interleaved"
     return (f"The chosen net runs {base[key] / chosen[key]:.2f}x as fast as the base ({how}) "
             f"at {chosen['psnr_db'] - base['psnr_db']:+.2f} dB; the base gains "
             f"{base['psnr_db'] - metrics['blurred']['psnr_db']:+.2f} dB over the blurred input.")
@@ -730,8 +781,6 @@ def report_text(config, art):
     names = [block.__name__ for block in blocks.BLOCKS]
     chosen = [[site, f"{o} {names[o]}", f"{table['sites'][site][0]:.2f}", f"{table['sites'][site][o]:.2f}"]
               for site, o in tuned["choice"].items()]
-    agree = [["base", *predicted_error(metrics["base"])], ["chosen", *predicted_error(metrics["chosen"])]]
-    measured = ", ".join(f"{k} {table[k]}" for k in ("device", "runtime", "precision", "threads", "date") if k in table)
     parts = [
         "# What did I gain", gain_table(metrics), gain_words(metrics),
         f"{metrics['test_pairs']} test pairs ({config.data or 'made'}), whole RGB images, outputs clamped and rounded to "
@@ -743,9 +792,9 @@ def report_text(config, art):
         "Published: Enc3 is kept, with the best mean rank (1.33; the next is 3.83).",
         "## Table 2: latency of each option, ms", markdown(
             ["site", *(f"{i} {n}" for i, n in enumerate(names))],
-            [[site, *(f"{ms:.2f}" for ms in row)] for site, row in table["sites"].items()]
+            [[site, *("unavailable" if ms is None else f"{ms:.2f}" for ms in row)] for site, row in table["sites"].items()]
             + [["published", *(f"{ms:.0f}" for ms in profile_device.PAPER_BLOCK_MS), *[""] * (len(names) - 7)][:len(names) + 1]]),
-        f"Latency from: {measured}.",
+        measured_on(table),
         "## Front and candidates",
         f"{len(found['evaluations'])} configurations scored, {len(found['front'])} on the front. Candidates lie furthest "
         f"below the chord of the front; picked: {config.pick}.",
@@ -762,18 +811,30 @@ def report_text(config, art):
             + [["NAFNet, published (GoPro, S24 Ultra)", "17.112", "107", "177", "35.80", "0.980"],
                ["Ours, published (GoPro, S24 Ultra)", "17.110", "106", "147", "33.76", "0.942"]]),
         "## The chosen net, site by site", markdown(["site", "option", "base ms", "ms"], chosen),
-        "## Predicted against measured latency", markdown(["net", "predicted ms", "measured ms", "error"], agree),
+        "## Do the sums hold?", *sums_text(metrics),
         "![samples](samples.png)",
         f"Seed {config.seed}; torch {torch.__version__}, numpy {np.__version__}, python {platform.python_version()}.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def predicted_error(row):
-    """Cells: predicted, measured, relative error."""
-    if row["latency_ms"] is None:
-        return f"{row['predicted_ms']:.1f}", "not measured", ""
-    return f"{row['predicted_ms']:.1f}", f"{row['latency_ms']:.1f}", f"{row['predicted_ms'] / row['latency_ms'] - 1:+.1%}"
+def measured_on(table):
+    """What a latency table was measured on, and what the device had trouble with, as Markdown."""
+    keys = ("device", "runtime", "precision", "threads", "statistic", "date")
+    where = ", ".join([f"{k} {table[k]}" for k in keys if k in table] + ["frame {}x{}".format(*table["frame"])])
+    return "\n".join([f"Latency from: {where}.", *(f"- {line}." for line in profile_device.remarks(table))])
+
+
+def sums_text(metrics):
+    """Predicted (the sum of the profiled blocks) against measured latency of whole nets, as paragraphs."""
+    sums = metrics["sums"]
+    if not sums["rows"]:
+        return ["No whole net was measured: the published table knows blocks only."]
+    tau = "" if sums["tau"] is None else f"Kendall's tau {sums['tau']:.2f}, "
+    return [f"{len(sums['rows'])} nets: {tau}mean relative error {sums['mean_relative_error']:.1%}.",
+            markdown(["net", "predicted ms", "measured ms", "error"],
+                     [[row["net"], f"{row['predicted_ms']:.1f}", f"{row['measured_ms']:.1f}",
+                       f"{row['predicted_ms'] / row['measured_ms'] - 1:+.1%}"] for row in sums["rows"]])]
 
 
 # Okabe & Ito's colours, apart for every kind of colour vision; shapes differ as well, for print.
@@ -956,7 +1017,8 @@ STAGES = {
     "base": Stage(stage_base, "base.pt", (), DATA + ("weights", "width", "enc", "middle", "dec", "crop", "batch",
                                                      "base_steps", "base_lr")),
     "saliency": Stage(stage_saliency, "saliency.json", ("base",), ()),
-    "profile": Stage(stage_profile, "profile.json", ("base", "saliency"), ("frame", "target")),
+    "profile": Stage(stage_profile, "profile.json", ("base", "saliency"),
+                     ("frame", "target", "hub_device", "hub_runtime")),
     "distill": Stage(stage_distill, "surrogates.pt", ("base", "saliency"), ("distill_share", "distill_steps", "distill_lr")),
     "search": Stage(stage_search, "search.json", ("base", "saliency", "profile", "distill"), ("evaluations", "candidates")),
     "finetune": Stage(stage_finetune, "finetuned.pt", ("base", "distill", "search"), ("finetune_steps", "finetune_lr", "pick")),
@@ -968,6 +1030,8 @@ STAGES = {
 def relevant(config, name):
     """{flag name: value} of everything that the artefact of stage `name` depends on."""
     knobs = set(STAGES[name].knobs).union(*(relevant(config, need) for need in STAGES[name].needs))
+    if config.target != "qai-hub":
+        knobs -= {"hub_device", "hub_runtime"}
     return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)
             if field.name in knobs}
 
@@ -1015,16 +1079,18 @@ def load_torch(path, remedy):
         raise InputError(f"{path} is damaged or no checkpoint of tensors ({type(error).__name__}): {remedy}") from None
 
 
+def load_json(path, remedy):
+    """What a JSON file holds; InputError if it is none."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise InputError(f"{path} is damaged or no JSON: {remedy}") from None
+
+
 def load_artefact(path, name, config):
     """The artefact of stage `name`, checked to be ours and of this configuration."""
     remedy = f"delete it and run --stage {name}"
-    if path.suffix == ".json":
-        try:
-            content = json.loads(path.read_text())
-        except ValueError:
-            raise InputError(f"{path} is damaged or no JSON: {remedy}") from None
-    else:
-        content = load_torch(path, remedy)
+    content = load_json(path, remedy) if path.suffix == ".json" else load_torch(path, remedy)
     if not isinstance(content, dict) or content.get("stage") != name or not isinstance(content.get("config"), dict):
         raise InputError(f"{path} is not an artefact of stage {name}: {remedy}")
     for key, value in relevant(config, name).items():
@@ -1062,20 +1128,30 @@ def say(line):
 
 # ---------------------------------------------------------------------------- command line
 
-def run(config, stage, out, device="cpu"):
-    """Run one stage, or "all" in order, in folder `out`; what is there and matches is reused."""
-    out = Path(out)
+def run(config, stage, out, device="cpu", force=False):
+    """Run one stage, or "all" in order, in folder `out`; what is there and matches is reused.
+
+    force: latencies are measured anew, with new AI Hub jobs, and what depends on them in "all" is redone.
+    """
+    out, redone = Path(out), set()
+    hub = {"device": config.hub_device, "runtime": config.hub_runtime, "jobs": out / "profile_jobs.json"}
     pairs = functools.cache(lambda split: split_pairs(config, split))
     wanted = list(STAGES) if stage == "all" else [stage]
     if config.data and stage == "all":
         pairs("train"), pairs("test")                     # what is wrong with them is better known at once
     for name in wanted:
         path = out / STAGES[name].artefact
-        if name != "report" and path.exists():
-            load_artefact(path, name, config)
+        anew = force and name == ("evaluate" if stage == "evaluate" else "profile")
+        stale = anew or not redone.isdisjoint(STAGES[name].needs)
+        if name != "report" and path.exists() and not stale:
+            same_machine(name, load_artefact(path, name, config), path, config, device)
             say(f"{name}: {path} matches and is reused")
             continue
+        redone.update([name] if stale else [])
         art = {need: earlier(out, need, config, name) for need in STAGES[name].needs}
+        if name == "evaluate":
+            same_machine("profile", art["profile"], out / STAGES["profile"].artefact, config, device)
+        art["hub"] = {**hub, "force": anew}
         started = time.perf_counter()
         payload = STAGES[name].function(config, pairs, art, device)
         if name == "report":
@@ -1090,6 +1166,17 @@ def run(config, stage, out, device="cpu"):
               f"  python hwdeblur.py --stage deblur --out {out} --input photo.jpg --output sharp.png")
 
 
+def same_machine(name, table, path, config, device):
+    """Refuse a local latency table that was measured with another device or number of threads."""
+    if name != "profile" or config.target != "local":
+        return
+    here = profile_device.machine(device)
+    for key, remedy in (("device", "another --device"), ("threads", f"--threads {table.get('threads')}")):
+        if table.get(key) != here.get(key):
+            raise InputError(f"{path} was measured with {key} {table.get(key)}, not {here.get(key)}: give {remedy}, "
+                             "or --stage all --force to measure anew")
+
+
 def earlier(out, name, config, wanted_by):
     """The artefact that a later stage reads, or the command that makes it."""
     path = out / STAGES[name].artefact
@@ -1102,14 +1189,54 @@ def run_deblur(source, target, out, device):
     """Restore one photograph with the net that was made in `out`, whatever its configuration."""
     if not source or not target:
         raise InputError("--stage deblur needs --input PHOTO and --output FILE")
+    deblur_file(blocks.deploy(chosen_net({"finetune": finetuned(out, "deblur")}, device)), source, target, device)
+    say(f"deblur: {target} written")
+
+
+def finetuned(out, stage):
+    """The artefact of stage finetune in `out`, whatever its configuration, for `stage`."""
     path = Path(out) / STAGES["finetune"].artefact
     if not path.exists():
-        raise InputError(f"--stage deblur needs {path}, which is not there: run --stage all --out {out} first")
+        raise InputError(f"--stage {stage} needs {path}, which is not there: run --stage all --out {out} first")
     tuned = load_torch(path, "delete it and run --stage finetune")
-    if not isinstance(tuned, dict) or not {"params", "arch", "choice"} <= tuned.keys():
+    if not isinstance(tuned, dict) or not {"params", "arch", "choice", "config"} <= tuned.keys():
         raise InputError(f"{path} is not an artefact of stage finetune: delete it and run --stage finetune")
-    deblur_file(blocks.deploy(chosen_net({"finetune": tuned}, device)), source, target, device)
-    say(f"deblur: {target} written")
+    return tuned
+
+
+def run_export(out, frame=None):
+    """Write the net made in `out` as deblur.pt2, a torch.export program for one frame size, and its card.
+
+    frame: (H, W) in pixels; default, the size that was profiled.
+    """
+    tuned = finetuned(out, "export")
+    height, width = frame or tuned["config"]["frame"]
+    net = blocks.deploy(chosen_net({"finetune": tuned}))
+    program, stream = torch.export.export(net, (torch.zeros(1, 3, height, width),)), io.BytesIO()
+    torch.export.save(program, stream)
+    card = {"file": "deblur.pt2", "input": {"name": program.graph_signature.user_inputs[0], "shape": [1, 3, height, width],
+                                            "layout": "NCHW", "dtype": "float32", "range": [0, 1], "channel_order": "RGB"},
+            "output": "as the input; clamp it to [0, 1]", "arch": tuned["arch"], "choice": tuned["choice"],
+            **measured_card(out, tuned, [height, width]), "licence": "MIT", "seed": tuned["seed"],
+            "versions": {"torch": str(torch.__version__)}}
+    write_file(Path(out) / "deblur.pt2", stream.getvalue())
+    save_artefact(Path(out) / "deblur.json", card)
+    say(f"export: {Path(out) / 'deblur.pt2'} and deblur.json written, for frames of {height}x{width}")
+
+
+def measured_card(out, tuned, frame):
+    """PSNR, and latency at `frame`, of the tuned net as stage evaluate found them; None where it did not."""
+    path, blank = Path(out) / STAGES["evaluate"].artefact, {"psnr_db": None, "latency_ms": None, "latency_on": None}
+    if not path.exists():
+        say(f"export: no {path}, so the card holds no PSNR and latency: run --stage evaluate first")
+        return blank
+    metrics = load_json(path, "delete it and run --stage evaluate")
+    if not isinstance(metrics, dict) or not tuned["config"].items() <= metrics.get("config", {}).items():
+        say(f"export: {path} is of another run, so the card holds no PSNR and latency: delete it, run --stage evaluate")
+        return blank
+    timed = frame == tuned["config"]["frame"] and metrics["chosen"]["latency_ms"] is not None
+    return {"psnr_db": metrics["chosen"]["psnr_db"], "latency_ms": metrics["chosen"]["latency_ms"] if timed else None,
+            "latency_on": metrics["sums"]["measured_on"] if timed else None}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1130,12 +1257,14 @@ def sides(text):
 def parser():
     """The command line, one flag per configuration entry."""
     p = Parser(description="Blockwise search for an efficient deblurring net. Stages, in order: "
-               + ", ".join(STAGES) + "; all: these; deblur: restore --input into --output.", allow_abbrev=False)
-    p.add_argument("--stage", required=True, choices=[*STAGES, "all", "deblur"])
+               + ", ".join(STAGES) + "; all: these; deblur: restore --input into --output; export: deblur.pt2, a "
+               "torch.export program of the chosen net, and its card.", allow_abbrev=False)
+    p.add_argument("--stage", required=True, choices=[*STAGES, "all", "deblur", "export"])
     p.add_argument("--preset", default="demo", choices=list(PRESETS), help="defaults of all flags below (demo)")
     p.add_argument("--out", help="folder of the artefacts (runs/PRESET)")
     p.add_argument("--device", default="cpu", help="torch device, say cuda (cpu)")
     p.add_argument("--threads", type=int, help="CPU threads (torch's own choice)")
+    p.add_argument("--force", action="store_true", help="measure latency anew, with new AI Hub jobs")
     p.add_argument("--input", help="stage deblur: a photograph")
     p.add_argument("--output", help="stage deblur: where the restored one goes, .png or .jpg")
     for field in dataclasses.fields(Config):
@@ -1173,10 +1302,12 @@ def main(argv=None):
             raise InputError(f"--device {args.device} is not to be had here ({first_line(error)})") from None
         if args.stage == "deblur":
             run_deblur(args.input, args.output, out, args.device)
+        elif args.stage == "export":
+            run_export(out, getattr(args, "frame", None))
         else:
             writable(Path(out))
-            run(config, args.stage, out, args.device)
-    except InputError as error:
+            run(config, args.stage, out, args.device, args.force)
+    except (InputError, profile_device.HubError) as error:
         print(f"hwdeblur: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -238,7 +238,7 @@ def remarks(table):
     """What a designer of blocks wants to know: options that do not run, blocks with layers on the CPU."""
     lines = []
     for name, found in table.get("modules", {}).items():
-        where = f"{name} ({', '.join(found['sites'])})" if found["sites"] else name
+        where = f"{name} ({', '.join(found['sites'])})" if found.get("sites") else name
         on_cpu = [layer["type"] or layer["name"] for layer in found["layers"] if layer["compute_unit"] == "CPU"]
         if found["ms"] is None:
             lines.append(f"{where} is unavailable: {failure(found)}")
@@ -503,7 +503,7 @@ def operator_times(entries, args):
         where = machine(args.device)
         return {name: statistics.median(ms) for name, ms in times.items()}, f"{where['device']}, {where['runtime']}", []
     found = profile_hub(entries, args.hub_device, args.hub_runtime, args.jobs, args.force)
-    modules = {f"{name} {'x'.join(map(str, shape[1:]))}": {**found[name, shape], "sites": []} for name, shape in entries}
+    modules = {f"{name} {'x'.join(map(str, shape[1:]))}": found[name, shape] for name, shape in entries}
     return ({name: result["ms"] for name, result in found.items()}, f"{args.hub_device}, {args.hub_runtime}",
             remarks({"modules": modules}))
 
