@@ -40,6 +40,10 @@ class HubError(Exception):
     """One line: what Qualcomm AI Hub or its client refused, and the remedy. Jobs submitted so far are noted."""
 
 
+class HubFull(HubError):
+    """Refused for the number of jobs or requests (429)."""
+
+
 def time_local(module, shape, device="cpu", rounds=20, warmup=3):
     """Median milliseconds of module(x), x random of `shape`, channels_last, batch 1 unless shape says so.
 
@@ -309,11 +313,10 @@ def ask(call, *args, **kwargs):
     """call(...) of the client; whatever it raises becomes a HubError."""
     try:
         return call(*args, **kwargs)
-    except HubError:
-        raise
     except Exception as error:
-        raise HubError(f"AI Hub: {told(error)}; put that right and the same command goes on from here "
-                       "(--force submits anew)") from None
+        kind = HubFull if type(error).__name__ == "RateLimitedError" else HubError
+        raise kind(f"AI Hub: {told(error)}; put that right and the same command goes on from here "
+                   "(--force submits anew)") from None
 
 
 def told(error):
@@ -354,15 +357,15 @@ def submit(session, key, module, shape):
     if "compile" in note:
         compiled = ask(client.get_job, note["compile"])
     else:
-        compiled = ask(insist, session, client.submit_compile_job, upload(client, module, shape, note["name"]), target,
-                       name=note["name"], input_specs={"x": shape}, options=f"--target_runtime {session.runtime}")
+        compiled = insist(session, client.submit_compile_job, upload(client, module, shape, note["name"]), target,
+                          name=note["name"], input_specs={"x": shape}, options=f"--target_runtime {session.runtime}")
         note["compile"] = compiled.job_id
         save_notes(session)
     if "profile" in note:
         return [compiled, ask(client.get_job, note["profile"])]
     try:
-        profiled = ask(insist, session, client.submit_inference_job, compiled.get_target_model(), target,
-                       name=note["name"], retry=False, profile=True)
+        profiled = insist(session, client.submit_inference_job, compiled.get_target_model(), target,
+                          name=note["name"], retry=False, profile=True)
     except HubError:
         if ask(compiled.get_status).failure:
             return [compiled]
@@ -382,12 +385,14 @@ def upload(client, module, shape, name):
 
 
 def insist(session, submission, *args, **kwargs):
-    """submission(...); refused for the number of jobs (429), again as long as some of ours are running."""
-    from qai_hub.client import RateLimitedError
+    """submission(...); refused for the number of jobs (429), again as long as some of ours are running.
+
+    The client itself tries a refused submission seven times, some 15 s in all.
+    """
     while True:
         try:
-            return submission(*args, **kwargs)
-        except RateLimitedError:
+            return ask(submission, *args, **kwargs)
+        except HubFull:
             if not look_all(session):
                 raise
 
@@ -457,7 +462,7 @@ def save_notes(session):
 
 def show(session):
     """One line of progress, live on a terminal."""
-    notes, live = [session.notes[key] for key in session.keys], sys.stderr.isatty()
+    notes, live = [session.notes.get(key, {}) for key in session.keys], sys.stderr.isatty()
     failed = sum(note.get("ms", 0) is None for note in notes)
     line = (f"AI Hub: {len(notes)} modules, {sum('compiled' in note for note in notes)} compiled, "
             f"{sum('profiled' in note for note in notes)} profiled, {failed} failed")
