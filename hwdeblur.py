@@ -1212,13 +1212,12 @@ def run_export(out, frame=None):
     tuned = finetuned(out, "export")
     height, width = frame or tuned["config"]["frame"]
     net = blocks.deploy(chosen_net({"finetune": tuned}))
-    program, stream = torch.export.export(net, (torch.zeros(1, 3, height, width),)), io.BytesIO()
+    program, stream = profile_device.exported(net, (1, 3, height, width)), io.BytesIO()
     torch.export.save(program, stream)
-    card = {"file": "deblur.pt2", "input": {"name": program.graph_signature.user_inputs[0], "shape": [1, 3, height, width],
-                                            "layout": "NCHW", "dtype": "float32", "range": [0, 1], "channel_order": "RGB"},
-            "output": "as the input; clamp it to [0, 1]", "arch": tuned["arch"], "choice": tuned["choice"],
-            **measured_card(out, tuned, [height, width]), "licence": "MIT", "seed": tuned["seed"],
-            "versions": {"torch": str(torch.__version__)}}
+    card = {"input": program.graph_signature.user_inputs[0], "shape": [1, 3, height, width], "layout": "NCHW",
+            "dtype": "float32", "range": [0, 1], "channel_order": "RGB", "output": "as the input; clamp it to [0, 1]",
+            "arch": tuned["arch"], "choice": tuned["choice"], **measured_card(out, tuned, [height, width]),
+            "licence": "MIT", "seed": tuned["seed"], "versions": {"torch": str(torch.__version__)}}
     write_file(Path(out) / "deblur.pt2", stream.getvalue())
     save_artefact(Path(out) / "deblur.json", card)
     say(f"export: {Path(out) / 'deblur.pt2'} and deblur.json written, for frames of {height}x{width}")
