@@ -6,6 +6,7 @@ to compute the same, or a figure that the papers print. No test asserts a time.
 import ast
 import contextlib
 import copy
+import dataclasses
 import http.server
 import io
 import itertools
@@ -142,6 +143,20 @@ class Blocks(unittest.TestCase):
             self.assertFalse(kinds & {nn.BatchNorm2d, blocks.RepBranches})
             for k, v in module.state_dict().items():
                 self.assertTrue(torch.equal(v, before[k]))
+
+    def test_deploy_of_whole_nets(self):
+        net, x = small_net(), images(1, 3, 13, 18)
+        base = blocks.deploy(net)
+        self.assertTrue(torch.equal(base(x), net(x)))
+        self.assertEqual([(k, type(m)) for k, m in base.named_modules()], [(k, type(m)) for k, m in net.named_modules()])
+        self.assertTrue(all(torch.equal(v, net.state_dict()[k]) for k, v in base.state_dict().items()))
+        sites = blocks.site_names(net)
+        choice = {site: 1 + i % (len(blocks.BLOCKS) - 1) for i, site in enumerate(sites)}
+        surrogates = {s: {k: randomized(blocks.new_surrogate(net, s, k, 0), k).eval()} for s, k in choice.items()}
+        chosen = blocks.assemble(net, surrogates, choice).eval()
+        deployed = blocks.deploy(chosen)
+        torch.testing.assert_close(deployed(x), chosen(x), rtol=1e-5, atol=1e-5)
+        self.assertFalse({type(m) for m in deployed.modules()} & {nn.BatchNorm2d, blocks.RepBranches})
 
     def test_block_io_removes_its_hooks_also_on_error(self):
         net, x = small_net(), images(1, 3, 8, 8)
@@ -473,6 +488,24 @@ class Profile(unittest.TestCase):
         self.assertEqual(profile_device.network_ms(table, {"mid.0": 5, "enc0.0": 1}), 53 + 9 + 15)
         self.assertEqual(table["base_ms"], 177)
 
+    def test_sums_of_random_configurations(self):
+        table = profile_device.latency_table(self.net, self.surrogates, self.sites, 32, "local", blocks.deploy, rounds=2)
+        choices, measured = {"base": {}, "chosen": {"mid.0": 5}}, {"base": 3.0, "chosen": 2.0}
+        config = hwdeblur.Config(frame=(32, 32))
+        sums = hwdeblur.do_the_sums_hold(config, table, self.net, choices, measured, "cpu", count=6)
+        self.assertEqual([row["net"] for row in sums["rows"][:2]], ["base", "chosen"])
+        p, m = (np.array([row[key] for row in sums["rows"]]) for key in ("predicted_ms", "measured_ms"))
+        for row in sums["rows"][2:]:
+            options = map(int, row["net"].split())
+            self.assertAlmostEqual(row["predicted_ms"], table["rest_ms"] + sum(table["sites"][s][o] for s, o in zip(self.sites, options)))
+        agree = [np.sign(p[i] - p[j]) * np.sign(m[i] - m[j]) for i, j in itertools.combinations(range(8), 2)]
+        self.assertAlmostEqual(sums["tau"], np.mean(agree))
+        self.assertAlmostEqual(sums["mean_relative_error"], np.mean(np.abs(p / m - 1)))
+        self.assertIn("Kendall's tau", hwdeblur.sums_text({"sums": sums})[0])
+        on_paper = hwdeblur.do_the_sums_hold(dataclasses.replace(config, target="paper"), table, self.net, choices,
+                                             dict.fromkeys(choices), "cpu")
+        self.assertEqual(on_paper, {"rows": [], "measured_on": None, "tau": None, "mean_relative_error": None})
+
     def test_unknown_target(self):
         with self.assertRaisesRegex(ValueError, "moon"):
             profile_device.latency_table(self.net, self.surrogates, self.sites, 32, "moon")
@@ -619,7 +652,7 @@ class AIHub(unittest.TestCase):
         return profile_device.profile_hub(self.convs, jobs=self.jobs, **kwargs)
 
     def table(self, sites=("enc0.0", "dec0.0")):
-        net = small_net()
+        net = small_net(enc=(1,), dec=(1,))
         surrogates = {s: {k: blocks.new_surrogate(net, s, k, 0) for k in range(1, len(blocks.BLOCKS))} for s in sites}
         return profile_device.latency_table(net, surrogates, sites, (16, 8), "qai-hub", blocks.deploy, hub={"jobs": self.jobs})
 
@@ -627,7 +660,7 @@ class AIHub(unittest.TestCase):
         table = self.table()
         expected = [(blocks.count_params(blocks.deploy(block(4))) + 10 * 4 * 16 * 8) / 1000 for block in blocks.BLOCKS]
         self.assertEqual(table["sites"], {"enc0.0": expected, "dec0.0": expected})
-        base_ms = (blocks.count_params(small_net()) + 10 * 3 * 16 * 8) / 1000
+        base_ms = (blocks.count_params(small_net(enc=(1,), dec=(1,))) + 10 * 3 * 16 * 8) / 1000
         self.assertEqual((table["base_ms"], len(self.hub.jobs)), (base_ms, 16))
         self.assertAlmostEqual(profile_device.network_ms(table, {"dec0.0": 5}), base_ms - expected[0] + expected[5])
         self.assertEqual(json.loads(json.dumps(table)), table)
@@ -646,8 +679,8 @@ class AIHub(unittest.TestCase):
         self.assertEqual(profile_device.network_ms(table, {"enc0.0": 2}), math.inf)
         self.assertEqual(np.isinf(hwdeblur.penalties(table, ["enc0.0"])[0]).tolist(), [False] * 2 + [True] + [False] * 4)
         self.hub.fail = ("NAFBlock",)
-        with self.assertRaisesRegex(profile_device.HubError, "original block at enc1.0.*operator unknown.*http"):
-            self.table(["enc1.0"])
+        with self.assertRaisesRegex(profile_device.HubError, "original block at mid.0.*operator unknown.*http"):
+            self.table(["mid.0"])
 
     def test_a_run_that_was_cut_off_submits_nothing_twice(self):
         for self.hub.cut_after in (3, 6):                              # cut at a compile job, then at a profile job
@@ -663,6 +696,21 @@ class AIHub(unittest.TestCase):
         self.assertEqual(self.hub.requests, asked)
         self.profile(force=True)
         self.assertEqual(len(self.hub.jobs), 16)
+
+    def test_the_whole_command_on_a_device(self):
+        out = Path(self.folder, "run")
+        args = ["--target", "qai-hub", *Whole.TINY, "--enc", "1", "--dec", "1", "--out", str(out), "--stage"]
+        self.assertEqual(hwdeblur.main([*args, "all"]), 0, self.said.getvalue())
+        table, metrics = (json.loads((out / name).read_text()) for name in ("profile.json", "metrics.json"))
+        self.assertEqual([table[k] for k in ("device", "runtime", "frame")], ["Samsung Galaxy S24 Ultra", "tflite", [32, 32]])
+        self.assertEqual(metrics["base"]["latency_ms"], (metrics["base"]["params"] + 10 * 3 * 32 * 32) / 1000)
+        self.assertEqual(metrics["chosen"]["latency_ms"], (metrics["chosen"]["params"] + 10 * 3 * 32 * 32) / 1000)
+        self.assertIn("falls back to the CPU", (out / "report.md").read_text())
+        jobs = len(self.hub.jobs)
+        self.assertEqual(hwdeblur.main([*args, "all"]), 0)
+        self.assertEqual(hwdeblur.main([*args, "profile", "--hub-runtime", "onnx"]), 2)
+        self.assertIn("--hub-runtime tflite, not onnx", self.said.getvalue())
+        self.assertEqual(len(self.hub.jobs), jobs)
 
     def test_the_clients_failures_are_one_line(self):
         def refused(pattern, *args):
@@ -908,6 +956,37 @@ class Whole(unittest.TestCase):
         self.assertEqual((status, (self.out / "base.pt").stat().st_mtime_ns), (0, before))
         self.assertIn("reused", said)
         self.refused("--base-lr 0.002, not 0.5", "--stage", "all", "--target", "paper", *self.TINY, "--base-lr", 0.5)
+
+    def test_a_local_table_of_another_machine_is_refused(self):
+        out = Path(self.folder.name) / "local"
+        out.mkdir()
+        for name in ("base.pt", "saliency.json"):
+            (out / name).write_bytes((self.out / name).read_bytes())
+        self.assertEqual(self.command("--stage", "profile", *self.TINY, out=out)[0], 0)
+        self.assertIn("reused", self.command("--stage", "profile", *self.TINY, out=out)[2])
+        table = json.loads((out / "profile.json").read_text())
+        (out / "profile.json").write_text(json.dumps({**table, "threads": 77}))
+        self.refused("with threads 77, not .*: give --threads 77", "--stage", "profile", *self.TINY, out=out)
+        self.assertEqual(self.command("--stage", "profile", "--force", *self.TINY, out=out)[0], 0)
+        self.assertNotEqual(json.loads((out / "profile.json").read_text())["threads"], 77)
+
+    def test_the_exported_program_runs_without_the_project(self):
+        status, _, said = self.command("--stage", "export")
+        self.assertEqual(status, 0, said)
+        card = json.loads((self.out / "deblur.json").read_text())
+        self.assertEqual((card["input"], card["shape"], card["range"]), ("image", [1, 3, 32, 32], [0, 1]))
+        self.assertEqual(card["psnr_db"], json.loads((self.out / "metrics.json").read_text())["chosen"]["psnr_db"])
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(images(*card["shape"]), Path(folder, "in.pt"))
+            code = ("import torch, sys; x = torch.load('in.pt')\n"
+                    "torch.save(torch.export.load(sys.argv[1]).module()(x), 'out.pt')")
+            subprocess.run([sys.executable, "-I", "-c", code, self.out / "deblur.pt2"], cwd=folder, check=True)
+            got = torch.load(Path(folder, "out.pt"))
+        tuned = torch.load(self.out / "finetuned.pt", weights_only=True)
+        expected = blocks.deploy(hwdeblur.chosen_net({"finetune": tuned}))(images(*card["shape"]))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        for name in ("deblur.pt2", "deblur.json"):
+            (self.out / name).unlink()
 
     def test_damaged_artefacts_are_refused_by_name(self):
         other = Path(self.folder.name) / "other"
