@@ -203,7 +203,10 @@ def network_ms(table, choice):
 # ------------------------------------------------------------------------------ Qualcomm AI Hub
 
 def hub_timing(net, blocks, frame, deploy, device=HUB_DEVICE, runtime="tflite", **rest):
-    """Table entries from a device of AI Hub; raises HubError where it cannot run an original block."""
+    """Table entries from a device of AI Hub; raises HubError where it cannot run an original block.
+
+    Where it runs those but not the whole base net, base_ms is None and the rest of the net counts as 0.
+    """
     keys, entries = distinct_modules(net, blocks, frame, deploy, "cpu")
     for name in entries.keys() - {"net"}:
         without_zeros(entries[name][0])
@@ -216,7 +219,7 @@ def hub_timing(net, blocks, frame, deploy, device=HUB_DEVICE, runtime="tflite", 
     where = {key: [site for site, row in keys.items() if key in row] for key in entries}
     base_ms = found["net"]["ms"]
     return {"device": device, "runtime": runtime, "precision": "float32 as uploaded",
-            "date": datetime.date.today().isoformat(), "sites": sites, "base_ms": base_ms,
+            "date": max(result["date"] for result in found.values()), "sites": sites, "base_ms": base_ms,
             "statistic": "the hub's own estimate (by its documentation the minimum of about 100 runs)",
             "rest_ms": 0.0 if base_ms is None else base_ms - sum(row[0] for row in sites.values()),
             "modules": {title(*entries[key]): {**found[key], "sites": where[key]} for key in entries}}
@@ -271,17 +274,17 @@ def profile_hub(entries, device=HUB_DEVICE, runtime="tflite", jobs=None, force=F
     run that was cut off collects what it had submitted; force: submit anew all the same. The client finds its
     token by itself (~/.qai_hub/client.ini, or the file that QAIHUB_CLIENT_INI names). Raises HubError.
     """
-    names = {name: job_key(*entry, device, runtime) for name, entry in entries.items()}
-    todo = {names[name]: entry for name, entry in entries.items()}
-    notes = read_notes(jobs)
-    todo = {key: entry for key, entry in todo.items() if force or "ms" not in notes.get(key, {})}
+    names, notes = {name: job_key(*entry, device, runtime) for name, entry in entries.items()}, read_notes(jobs)
+    todo = {names[name]: entry for name, entry in entries.items() if force or "ms" not in notes.get(names[name], {})}
     if todo:
         session = Session(hub_client(device), device, runtime, jobs, notes, tuple(todo), {})
-        for key in todo if force else ():
-            notes.pop(key, None)
         find_lost(session)
         for key, entry in todo.items():
+            if force:
+                notes.pop(key, None)
             session.running[key] = submit(session, key, *entry)
+            if sys.stderr.isatty():
+                show(session)
         pause = 0.5
         while look_all(session):
             time.sleep(pause)
@@ -304,7 +307,7 @@ def hub_client(device):
     ask(client.set_verbose, False)
     names = {d.name for d in ask(client.get_devices)}
     if device not in names:
-        nearest = ", ".join(difflib.get_close_matches(device, names, 5, 0))
+        nearest = ", ".join(difflib.get_close_matches(device, sorted(names), 5, 0))
         raise HubError(f"AI Hub has no device {device!r}; the nearest names: {nearest}")
     return client
 
@@ -322,7 +325,7 @@ def ask(call, *args, **kwargs):
 def told(error):
     """An exception of the client in one line. The texts of other libraries may quote the token: kept back."""
     if type(error).__module__.split(".")[0] in ("qai_hub", "botocore"):
-        return " ".join(re.sub("[|┌─┐└┘]", " ", str(error)).split())
+        return " ".join(re.sub("[|┌─┐└┘]", " ", str(error)).split()).rstrip(".")
     return (f"its client failed with {type(error).__name__}: check the network, and its configuration, which "
             "`qai-hub configure --api_token TOKEN` writes")
 
@@ -470,10 +473,10 @@ def save_notes(session):
 def show(session):
     """One line of progress, live on a terminal."""
     notes, live = [session.notes.get(key, {}) for key in session.keys], sys.stderr.isatty()
-    failed = sum(note.get("ms", 0) is None for note in notes)
-    line = (f"AI Hub: {len(notes)} modules, {sum('compiled' in note for note in notes)} compiled, "
-            f"{sum('profiled' in note for note in notes)} profiled, {failed} failed")
-    print(f"\r{line:<79}" if live else line, end="" if live and session.running else "\n", file=sys.stderr, flush=True)
+    submitted, compiled, profiled = (sum(k in note for note in notes) for k in ("compile", "compiled", "profiled"))
+    line = (f"AI Hub: {len(notes)} modules, {submitted} submitted, {compiled} compiled, {profiled} profiled, "
+            f"{sum(note.get('ms', 0) is None for note in notes)} failed")
+    print(f"{line:<79}" if live else line, end="\r" if live and session.running else "\n", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------- the operators blocks are made of

@@ -666,7 +666,7 @@ class AIHub(unittest.TestCase):
         self.assertEqual(json.loads(json.dumps(table)), table)
         self.assertEqual([line.split(" in ")[0] for line in profile_device.remarks(table)], [
             "NAFBlock 4x16x8 (enc0.0, dec0.0) falls back to the CPU", "NAFNet 3x16x8 falls back to the CPU"])
-        self.assertIn("8 modules, 8 compiled, 8 profiled, 0 failed", self.said.getvalue())
+        self.assertIn("8 modules, 8 submitted, 8 compiled, 8 profiled, 0 failed", self.said.getvalue())
         self.assertEqual(self.printed.getvalue(), "")                  # where the client warns of deprecated calls
         self.assertEqual({job.compile_job.options for job in self.hub.jobs[::2]}, {"--target_runtime tflite"})
 
