@@ -687,13 +687,17 @@ def stage_evaluate(config, pairs, art, device):
             "sums": do_the_sums_hold(config, table, nets["base"], choices, measured, device)}
 
 
+WHERE = ("device", "runtime", "precision", "threads", "statistic", "date")      # what a latency was measured on
+
+
 def whole_net_ms(target, entries, device, hub):
     """{name: (deployed net, shape)} -> {name: measured ms, None where the target measures no whole net}."""
     if target == "local":
         return {name: statistics.median(ms) for name, ms in
                 profile_device.time_together(entries, device, rounds=40).items()}
     if target == "qai-hub":
-        found = profile_device.profile_hub({n: (net.cpu(), shape) for n, (net, shape) in entries.items()}, **(hub or {}))
+        entries = {name: (net.cpu(), shape) for name, (net, shape) in entries.items()}
+        found = profile_device.profile_hub(entries, **(hub or {}))
         for line in profile_device.remarks({"modules": found}):
             say(line)
         return {name: result["ms"] for name, result in found.items()}
@@ -705,14 +709,15 @@ def do_the_sums_hold(config, table, base, choices, measured, device, count=30):
 
     {rows, tau: Kendall's (None below three nets), mean_relative_error (None without a measurement), measured_on}.
     """
-    rows = [{"net": name, "predicted_ms": profile_device.network_ms(table, choices[name]), "measured_ms": measured[name]}
-            for name in choices if measured[name] is not None]
-    where = {key: table[key] for key in ("device", "runtime", "precision", "statistic") if key in table} if rows else None
+    rows = [{"net": name, "predicted_ms": profile_device.network_ms(table, choice), "measured_ms": measured[name]}
+            for name, choice in choices.items() if measured[name] is not None]
+    where = {key: table[key] for key in (*WHERE, "frame") if key in table} if rows else None
     if config.target == "local":
-        where = profile_device.machine(device)
+        where.update(profile_device.machine(device))
         rows += random_rows(table, base, config.frame, device, count, np.random.default_rng([config.seed, 5]))
     predicted, got = ([row[key] for row in rows] for key in ("predicted_ms", "measured_ms"))
-    return {"rows": rows, "measured_on": where, "tau": float(kendalltau(predicted, got).statistic) if len(rows) > 2 else None,
+    return {"rows": rows, "measured_on": where,
+            "tau": float(kendalltau(predicted, got).statistic) if len(rows) > 2 else None,
             "mean_relative_error": statistics.fmean(abs(p / g - 1) for p, g in zip(predicted, got)) if rows else None}
 
 
@@ -820,8 +825,7 @@ def report_text(config, art):
 
 def measured_on(table):
     """What a latency table was measured on, and what the device had trouble with, as Markdown."""
-    keys = ("device", "runtime", "precision", "threads", "statistic", "date")
-    where = ", ".join([f"{k} {table[k]}" for k in keys if k in table] + ["frame {}x{}".format(*table["frame"])])
+    where = ", ".join([f"{k} {table[k]}" for k in WHERE if k in table] + ["frame {}x{}".format(*table["frame"])])
     return "\n".join([f"Latency from: {where}.", *(f"- {line}." for line in profile_device.remarks(table))])
 
 
@@ -832,6 +836,7 @@ def sums_text(metrics):
         return ["No whole net was measured: the published table knows blocks only."]
     tau = "" if sums["tau"] is None else f"Kendall's tau {sums['tau']:.2f}, "
     return [f"{len(sums['rows'])} nets: {tau}mean relative error {sums['mean_relative_error']:.1%}.",
+            measured_on(sums["measured_on"]),
             markdown(["net", "predicted ms", "measured ms", "error"],
                      [[row["net"], f"{row['predicted_ms']:.1f}", f"{row['measured_ms']:.1f}",
                        f"{row['predicted_ms'] / row['measured_ms'] - 1:+.1%}"] for row in sums["rows"]])]

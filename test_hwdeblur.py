@@ -699,7 +699,8 @@ class AIHub(unittest.TestCase):
 
     def test_the_whole_command_on_a_device(self):
         out = Path(self.folder, "run")
-        args = ["--target", "qai-hub", *Whole.TINY, "--enc", "1", "--dec", "1", "--out", str(out), "--stage"]
+        args = ["--target", "qai-hub", *Whole.TINY, "--enc", "1", "--dec", "1", "--evaluations", "6", "--candidates", "1",
+                "--out", str(out), "--stage"]
         self.assertEqual(hwdeblur.main([*args, "all"]), 0, self.said.getvalue())
         table, metrics = (json.loads((out / name).read_text()) for name in ("profile.json", "metrics.json"))
         self.assertEqual([table[k] for k in ("device", "runtime", "frame")], ["Samsung Galaxy S24 Ultra", "tflite", [32, 32]])
