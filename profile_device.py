@@ -425,16 +425,17 @@ def look(note, jobs):
     A failed job raises nothing in this client: both are asked, and a profile must hold a time.
     """
     ended = {"ms": None, "date": datetime.date.today().isoformat(), "layers": []}
-    for kind, job in zip(("compiled", "profiled"), jobs):
+    for job in jobs:
         status = ask(job.get_status)
         if status.failure:
             note.update(ended, reason=" ".join((status.message or "no reason given").split()), url=job.url)
         if not status.success:
             return status.failure
-        note[kind] = True
+        note["compiled"] = True
     profile = ask(jobs[-1].download_profile)
     try:
-        note.update(ended, ms=parse_profile(profile), reason=None, url=jobs[-1].url, layers=profile["execution_detail"])
+        note.update(ended, ms=parse_profile(profile), reason=None, url=jobs[-1].url,
+                    layers=profile.get("execution_detail", []))
     except ValueError as error:
         note.update(ended, reason=str(error), url=jobs[-1].url)
     return True
@@ -451,11 +452,14 @@ def parse_profile(profile):
 def read_notes(path):
     """The notes of earlier runs, {} if there are none."""
     try:
-        return {} if path is None else json.loads(Path(path).read_text())
+        notes = {} if path is None else json.loads(Path(path).read_text())
+        if all("name" in note for note in notes.values()):
+            return notes
     except FileNotFoundError:
         return {}
-    except ValueError:
-        raise HubError(f"{path} is damaged: delete it, and its jobs are submitted anew") from None
+    except (ValueError, AttributeError, TypeError):
+        pass
+    raise HubError(f"{path} is damaged: delete it, and its jobs are submitted anew")
 
 
 def save_notes(session):
@@ -473,9 +477,10 @@ def save_notes(session):
 def show(session):
     """One line of progress, live on a terminal."""
     notes, live = [session.notes.get(key, {}) for key in session.keys], sys.stderr.isatty()
-    submitted, compiled, profiled = (sum(k in note for note in notes) for k in ("compile", "compiled", "profiled"))
-    line = (f"AI Hub: {len(notes)} modules, {submitted} submitted, {compiled} compiled, {profiled} profiled, "
-            f"{sum(note.get('ms', 0) is None for note in notes)} failed")
+    submitted, compiled, ended = (sum(k in note for note in notes) for k in ("compile", "compiled", "ms"))
+    failed = sum(note.get("ms", 0) is None for note in notes)
+    line = (f"AI Hub: {len(notes)} modules, {submitted} submitted, {compiled} compiled, {ended - failed} profiled, "
+            f"{failed} failed")
     print(f"{line:<79}" if live else line, end="\r" if live and session.running else "\n", file=sys.stderr, flush=True)
 
 
@@ -548,7 +553,7 @@ def main(argv=None):
                for shape in shapes for name, module in operators(shape[1]).items()}
     try:
         ms, where, notes = operator_times(entries, args)
-    except HubError as error:
+    except (HubError, OSError) as error:
         print(f"profile_device: {error}", file=sys.stderr)
         return 2
     print(f"milliseconds on {where}, {datetime.date.today().isoformat()}"

@@ -731,9 +731,16 @@ class AIHub(unittest.TestCase):
         self.hub.ini.unlink()
         refused("client.ini not found")
         self.hub.configure(self.hub.token)
-        self.jobs.write_text("{")
-        refused("profile_jobs.json is damaged")
+        for text in ("{", "[]", '{"a": {}}', '{"a": 1}'):
+            self.jobs.write_text(text)
+            refused("profile_jobs.json is damaged")
         self.assertEqual(self.hub.jobs, [])
+
+    def test_a_profile_without_a_time_is_refused(self):
+        self.assertEqual(profile_device.parse_profile({"execution_summary": {"estimated_inference_time": 1234}}), 1.234)
+        for profile in ({}, {"execution_summary": {}}, {"execution_summary": {"estimated_inference_time": 0}}):
+            with self.assertRaisesRegex(ValueError, "no inference time"):
+                profile_device.parse_profile(profile)
 
     def test_500s_are_ridden_out_and_what_was_measured_is_kept_at_a_limit(self):
         self.hub.stumbles, self.hub.full_after = 2, 4
