@@ -677,24 +677,54 @@ def stage_evaluate(config, pairs, art, device):
     nets = {"base": base_net(art, device), "chosen": chosen_net(art, device)}
     shape, table = (1, 3, *config.frame), art["profile"]
     deployed = {name: blocks.deploy(net) for name, net in nets.items()}
-    measured = whole_net_ms(config.target, {n: (d, shape) for n, d in deployed.items()}, device, art.get("hub"))
     choices = {"base": {}, "chosen": art["finetune"]["choice"]}
+    entries = {name: (net, shape) for name, net in deployed.items()}
+    measured, sums = measure_nets(config, table, entries, choices, device, art.get("hub"))
     rows = {name: {**evaluate(net, pairs("test"), device), "params": blocks.count_params(deployed[name]),
                    "mb": sum(p.numel() * p.element_size() for p in deployed[name].parameters()) / 1e6,
                    "gmacs": blocks.count_macs(deployed[name], shape) / 1e9, "latency_ms": measured[name],
                    "predicted_ms": profile_device.network_ms(table, choices[name])} for name, net in nets.items()}
-    return {"test_pairs": len(pairs("test")), "blurred": evaluate(None, pairs("test"), device), **rows,
-            "sums": do_the_sums_hold(config, table, nets["base"], choices, measured, device)}
+    return {"test_pairs": len(pairs("test")), "blurred": evaluate(None, pairs("test"), device), **rows, "sums": sums}
 
 
 WHERE = ("device", "runtime", "precision", "threads", "statistic", "date")      # what a latency was measured on
 
 
+def measure_nets(config, table, entries, choices, device, hub, count=30):
+    """Latency of whole nets, {name: (deployed net, shape)} and {name: choice} -> ({name: ms or None}, sums).
+
+    Locally `count` random configurations are timed in the same rounds, so that `sums` (`do_the_sums_hold`) says
+    how well the profiled blocks predict nets in general.
+    """
+    where = {key: table[key] for key in (*WHERE, "frame") if key in table}
+    if config.target == "local":
+        where.update(profile_device.machine(device))
+        more = random_nets(table, *entries["base"], count, np.random.default_rng([config.seed, 5]))
+        choices = {**choices, **{name: choice for name, (choice, _) in more.items()}}
+        entries = {**entries, **{name: entry for name, (_, entry) in more.items()}}
+    measured = whole_net_ms(config.target, entries, device, hub)
+    return measured, do_the_sums_hold(table, choices, measured, where)
+
+
+def random_nets(table, base, shape, count, rng):
+    """{name: (choice, (net, shape))} of `count` random configurations on the deployed base net.
+
+    Put together from blocks that are deployed once, untrained: no time depends on the weights.
+    """
+    surrogates = {site: {k: blocks.deploy(blocks.new_surrogate(base, site, k, 0))
+                         for k in range(1, len(blocks.BLOCKS))} for site in table["sites"]}
+    sites, nets = list(table["sites"]), {}
+    for _ in range(count):
+        choice = choice_of(sites, rng.integers(0, len(blocks.BLOCKS), len(sites)))
+        nets[" ".join(map(str, choice.values()))] = choice, (blocks.assemble(base, surrogates, choice), shape)
+    return nets
+
+
 def whole_net_ms(target, entries, device, hub):
     """{name: (deployed net, shape)} -> {name: measured ms, None where the target measures no whole net}."""
     if target == "local":
-        return {name: statistics.median(ms) for name, ms in
-                profile_device.time_together(entries, device, rounds=40).items()}
+        times = profile_device.time_together(entries, device, rounds=10, warmup=1)
+        return {name: statistics.median(ms) for name, ms in times.items()}
     if target == "qai-hub":
         entries = {name: (net.cpu(), shape) for name, (net, shape) in entries.items()}
         found = profile_device.profile_hub(entries, **(hub or {}))
@@ -704,36 +734,17 @@ def whole_net_ms(target, entries, device, hub):
     return {name: None for name in entries}
 
 
-def do_the_sums_hold(config, table, base, choices, measured, device, count=30):
-    """Predicted against measured ms of base and chosen and, locally, of `count` random configurations.
+def do_the_sums_hold(table, choices, measured, where):
+    """Predicted against measured ms of the nets that were measured, on `where`.
 
     {rows, tau: Kendall's (None below three nets), mean_relative_error (None without a measurement), measured_on}.
     """
     rows = [{"net": name, "predicted_ms": profile_device.network_ms(table, choice), "measured_ms": measured[name]}
             for name, choice in choices.items() if measured[name] is not None]
-    where = {key: table[key] for key in (*WHERE, "frame") if key in table} if rows else None
-    if config.target == "local":
-        where.update(profile_device.machine(device))
-        rows += random_rows(table, base, config.frame, device, count, np.random.default_rng([config.seed, 5]))
     predicted, got = ([row[key] for row in rows] for key in ("predicted_ms", "measured_ms"))
-    return {"rows": rows, "measured_on": where,
+    return {"rows": rows, "measured_on": where if rows else None,
             "tau": float(kendalltau(predicted, got).statistic) if len(rows) > 2 else None,
             "mean_relative_error": statistics.fmean(abs(p / g - 1) for p, g in zip(predicted, got)) if rows else None}
-
-
-def random_rows(table, base, frame, device, count, rng):
-    """Predicted and measured ms of `count` random configurations, timed in interleaved rounds.
-
-    The nets are put together from blocks deployed once, untrained: no time depends on the weights.
-    """
-    surrogates = {site: {k: blocks.deploy(blocks.new_surrogate(base, site, k, 0))
-                         for k in range(1, len(blocks.BLOCKS))} for site in table["sites"]}
-    base, sites = blocks.deploy(base), list(table["sites"])
-    draws = [choice_of(sites, rng.integers(0, len(blocks.BLOCKS), len(sites))) for _ in range(count)]
-    entries = {i: (blocks.assemble(base, surrogates, choice), (1, 3, *frame)) for i, choice in enumerate(draws)}
-    times = profile_device.time_together(entries, device, rounds=8, warmup=1)
-    return [{"net": " ".join(map(str, choice.values())), "predicted_ms": profile_device.network_ms(table, choice),
-             "measured_ms": statistics.median(times[i])} for i, choice in enumerate(draws)]
 
 
 # -------------------------------------------------------------------------------- the report

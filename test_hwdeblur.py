@@ -490,21 +490,31 @@ class Profile(unittest.TestCase):
 
     def test_sums_of_random_configurations(self):
         table = profile_device.latency_table(self.net, self.surrogates, self.sites, 32, "local", blocks.deploy, rounds=2)
-        choices, measured = {"base": {}, "chosen": {"mid.0": 5}}, {"base": 3.0, "chosen": 2.0}
-        config = hwdeblur.Config(frame=(32, 32))
-        sums = hwdeblur.do_the_sums_hold(config, table, self.net, choices, measured, "cpu", count=6)
+        choices, config = {"base": {}, "chosen": {"mid.0": 5}}, hwdeblur.Config(frame=(32, 32))
+        entries = {name: (blocks.deploy(blocks.assemble(self.net, self.surrogates, c)), (1, 3, 32, 32)) for name, c in choices.items()}
+        measured, sums = hwdeblur.measure_nets(config, table, entries, choices, "cpu", None, count=6)
         self.assertEqual([row["net"] for row in sums["rows"][:2]], ["base", "chosen"])
+        self.assertEqual({row["net"]: row["measured_ms"] for row in sums["rows"]}, measured)
         p, m = (np.array([row[key] for row in sums["rows"]]) for key in ("predicted_ms", "measured_ms"))
+        self.assertEqual(len(p), 8)
         for row in sums["rows"][2:]:
-            options = map(int, row["net"].split())
-            self.assertAlmostEqual(row["predicted_ms"], table["rest_ms"] + sum(table["sites"][s][o] for s, o in zip(self.sites, options)))
+            blocks_ms = [table["sites"][s][int(o)] for s, o in zip(self.sites, row["net"].split())]
+            self.assertAlmostEqual(row["predicted_ms"], table["rest_ms"] + sum(blocks_ms))
         agree = [np.sign(p[i] - p[j]) * np.sign(m[i] - m[j]) for i, j in itertools.combinations(range(8), 2)]
         self.assertAlmostEqual(sums["tau"], np.mean(agree))
         self.assertAlmostEqual(sums["mean_relative_error"], np.mean(np.abs(p / m - 1)))
         self.assertIn("Kendall's tau", hwdeblur.sums_text({"sums": sums})[0])
-        on_paper = hwdeblur.do_the_sums_hold(dataclasses.replace(config, target="paper"), table, self.net, choices,
-                                             dict.fromkeys(choices), "cpu")
-        self.assertEqual(on_paper, {"rows": [], "measured_on": None, "tau": None, "mean_relative_error": None})
+        measured, sums = hwdeblur.measure_nets(dataclasses.replace(config, target="paper"), table, entries, choices, "cpu", None)
+        self.assertEqual(measured, {"base": None, "chosen": None})
+        self.assertEqual(sums, {"rows": [], "measured_on": None, "tau": None, "mean_relative_error": None})
+
+    def test_random_nets_are_the_configurations_they_are_named_after(self):
+        table = {"sites": dict.fromkeys(self.sites)}
+        nets = hwdeblur.random_nets(table, blocks.deploy(self.net), (1, 3, 8, 8), 3, np.random.default_rng(0))
+        for name, (choice, (net, _)) in nets.items():
+            self.assertEqual(" ".join(str(choice[s]) for s in self.sites), name)
+            expected = blocks.deploy(blocks.assemble(self.net, self.surrogates, choice))
+            torch.testing.assert_close(net(images(1, 3, 8, 8)), expected(images(1, 3, 8, 8)), rtol=1e-5, atol=1e-5)
 
     def test_unknown_target(self):
         with self.assertRaisesRegex(ValueError, "moon"):
