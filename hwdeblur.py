@@ -781,9 +781,11 @@ PAPER_TABLE_1 = {
 def gain_words(metrics):
     """Speed and quality of the chosen net in one line."""
     base, chosen = metrics["base"], metrics["chosen"]
-    key = "predicted_ms" if None in (base["latency_ms"], chosen["latency_ms"]) else "latency_ms"
-    how = "predicted from the table" if key == "predicted_ms" else "measured on the device" if \
-        "statistic" in metrics["sums"]["measured_on"] else "measured, interleaved"
+    key, how = "latency_ms", "measured, interleaved"
+    if None in (base["latency_ms"], chosen["latency_ms"]):
+        key, how = "predicted_ms", "predicted from the table"
+    elif "statistic" in metrics["sums"]["measured_on"]:
+        how = f"measured on {metrics['sums']['measured_on']['device']}"
     return (f"The chosen net runs {base[key] / chosen[key]:.2f}x as fast as the base ({how}) "
             f"at {chosen['psnr_db'] - base['psnr_db']:+.2f} dB; the base gains "
             f"{base['psnr_db'] - metrics['blurred']['psnr_db']:+.2f} dB over the blurred input.")
