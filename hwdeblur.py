@@ -672,21 +672,6 @@ def stage_finetune(config, pairs, art, device):
             "choice": choice_of(sites, rows[best]["options"]), "candidates": rows, "picked": best}
 
 
-def stage_evaluate(config, pairs, art, device):
-    """Section III: blurred input, base and chosen net on the test pairs; sizes; whole-net latency."""
-    nets = {"base": base_net(art, device), "chosen": chosen_net(art, device)}
-    shape, table = (1, 3, *config.frame), art["profile"]
-    deployed = {name: blocks.deploy(net) for name, net in nets.items()}
-    choices = {"base": {}, "chosen": art["finetune"]["choice"]}
-    entries = {name: (net, shape) for name, net in deployed.items()}
-    measured, sums = measure_nets(config, table, entries, choices, device, art.get("hub"))
-    rows = {name: {**evaluate(net, pairs("test"), device), "params": blocks.count_params(deployed[name]),
-                   "mb": sum(p.numel() * p.element_size() for p in deployed[name].parameters()) / 1e6,
-                   "gmacs": blocks.count_macs(deployed[name], shape) / 1e9, "latency_ms": measured[name],
-                   "predicted_ms": profile_device.network_ms(table, choices[name])} for name, net in nets.items()}
-    return {"test_pairs": len(pairs("test")), "blurred": evaluate(None, pairs("test"), device), **rows, "sums": sums}
-
-
 WHERE = ("device", "runtime", "precision", "threads", "statistic", "date")      # what a latency was measured on
 
 
@@ -745,6 +730,21 @@ def do_the_sums_hold(table, choices, measured, where):
     return {"rows": rows, "measured_on": where if rows else None,
             "tau": float(kendalltau(predicted, got).statistic) if len(rows) > 2 else None,
             "mean_relative_error": statistics.fmean(abs(p / g - 1) for p, g in zip(predicted, got)) if rows else None}
+
+
+def stage_evaluate(config, pairs, art, device):
+    """Section III: blurred input, base and chosen net on the test pairs; sizes; whole-net latency."""
+    nets = {"base": base_net(art, device), "chosen": chosen_net(art, device)}
+    shape, table = (1, 3, *config.frame), art["profile"]
+    deployed = {name: blocks.deploy(net) for name, net in nets.items()}
+    choices = {"base": {}, "chosen": art["finetune"]["choice"]}
+    entries = {name: (net, shape) for name, net in deployed.items()}
+    measured, sums = measure_nets(config, table, entries, choices, device, art.get("hub"))
+    rows = {name: {**evaluate(net, pairs("test"), device), "params": blocks.count_params(deployed[name]),
+                   "mb": sum(p.numel() * p.element_size() for p in deployed[name].parameters()) / 1e6,
+                   "gmacs": blocks.count_macs(deployed[name], shape) / 1e9, "latency_ms": measured[name],
+                   "predicted_ms": profile_device.network_ms(table, choices[name])} for name, net in nets.items()}
+    return {"test_pairs": len(pairs("test")), "blurred": evaluate(None, pairs("test"), device), **rows, "sums": sums}
 
 
 # -------------------------------------------------------------------------------- the report
@@ -1228,7 +1228,10 @@ def run_export(out, frame=None):
     frame: (H, W) in pixels; default, the size that was profiled.
     """
     tuned = finetuned(out, "export")
-    height, width = frame or tuned["config"]["frame"]
+    frame = frame or tuned["config"].get("frame")
+    if frame is None:
+        raise InputError(f"--stage export: the run in {out} profiled no frame size: give one, say --frame 256")
+    height, width = frame
     net = blocks.deploy(chosen_net({"finetune": tuned}))
     program, stream = profile_device.exported(net, (1, 3, height, width)), io.BytesIO()
     torch.export.save(program, stream)
@@ -1251,7 +1254,7 @@ def measured_card(out, tuned, frame):
     if not isinstance(metrics, dict) or not tuned["config"].items() <= metrics.get("config", {}).items():
         say(f"export: {path} is of another run, so the card holds no PSNR and latency: delete it, run --stage evaluate")
         return blank
-    timed = frame == tuned["config"]["frame"] and metrics["chosen"]["latency_ms"] is not None
+    timed = frame == metrics["config"].get("frame") and metrics["chosen"]["latency_ms"] is not None
     return {"psnr_db": metrics["chosen"]["psnr_db"], "latency_ms": metrics["chosen"]["latency_ms"] if timed else None,
             "latency_on": metrics["sums"]["measured_on"] if timed else None}
 
