@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from scipy.stats import kendalltau
 from torch.utils.data import DataLoader
 
 import blocks
@@ -69,7 +70,9 @@ class Config:
     base_steps: int = knob(2800, "steps of base training")
     base_lr: float = knob(2e-3, "first learning rate of base training, cosine to 1e-7")
     frame: tuple = knob((256, 256), "input of the profiled net, height and width in pixels (III-A: 512)")
-    target: str = knob("local", "latency table: local (this machine) or paper (its table 2)")
+    target: str = knob("local", "latency table: local (this machine), qai-hub (a phone) or paper (its table 2)")
+    hub_device: str = knob(profile_device.HUB_DEVICE, "device of Qualcomm AI Hub, for --target qai-hub (III-A)")
+    hub_runtime: str = knob("tflite", "runtime on that device: tflite, qnn_context_binary or onnx")
     distill_share: float = knob(0.25, "share of the training pairs used for distillation (III-A)")
     distill_steps: int = knob(150, "steps of distillation, all surrogates in one pass (II-B)")
     distill_lr: float = knob(4e-3, "first learning rate of distillation, cosine to 0")
@@ -87,7 +90,8 @@ PRESETS = {
                   frame=(512, 512), distill_steps=20_000, distill_lr=1e-3, evaluations=200,
                   finetune_steps=100_000, finetune_lr=1e-4, made_train=2000, made_size=384),
 }
-CHOICES = {"target": ("local", "paper"), "pick": ("best", "fastest")}
+CHOICES = {"target": ("local", "qai-hub", "paper"), "hub_runtime": profile_device.HUB_RUNTIMES,
+           "pick": ("best", "fastest")}
 
 
 def check(config):
@@ -689,7 +693,7 @@ def chosen_net(art, device="cpu"):
 def load_tuned(path):
     """A finetuned.pt, whatever its configuration."""
     tuned = load_torch(path, "give one that --stage finetune wrote")
-    if not isinstance(tuned, dict) or not {"params", "arch", "choice"} <= tuned.keys():
+    if not isinstance(tuned, dict) or not {"params", "arch", "choice", "config"} <= tuned.keys():
         raise InputError(f"{path} is not an artefact of stage finetune: give one, or run --stage finetune")
     return tuned
 
@@ -732,10 +736,13 @@ def stage_profile(config, pairs, art, device):
     surrogates = {site: {k: blocks.new_surrogate(net, site, k, config.seed) for k in range(1, len(blocks.BLOCKS))}
                   for site in sites}
     try:
-        return profile_device.latency_table(net, surrogates, sites, config.frame, config.target,
-                                            blocks.deploy, device)
+        table = profile_device.latency_table(net, surrogates, sites, config.frame, config.target,
+                                             blocks.deploy, device, hub=art.get("hub"))
     except ValueError as error:
         raise InputError(str(error)) from None
+    for line in profile_device.remarks(table):
+        say(line)
+    return table
 
 
 def stage_distill(config, pairs, art, device):
@@ -765,10 +772,11 @@ def finite(module):
 def penalties(table, sites):
     """One array per site: its options' ms over the base blocks' total, so that the base has penalty 1.
 
-    That is the order of magnitude of the loss in dB (II-C); no result depends on the factor.
+    That is the order of magnitude of the loss in dB (II-C); no result depends on the factor. An option
+    that the device cannot run (None in the table) has an infinite penalty.
     """
     total = sum(table["sites"][site][0] for site in sites)
-    return [np.array(table["sites"][site]) / total for site in sites]
+    return [np.array([math.inf if ms is None else ms / total for ms in table["sites"][site]]) for site in sites]
 
 
 def stage_search(config, pairs, art, device):
@@ -862,16 +870,74 @@ def stage_adapt(config, pairs, art, device):
             "scores": {name: score_nets(nets, pairs, device, name) for name, pairs in sets.items()}}
 
 
+WHERE = ("device", "runtime", "precision", "threads", "statistic", "date")      # what a latency was measured on
+
+
+def measure_nets(config, table, entries, choices, device, hub, count=30):
+    """Latency of whole nets, {name: (deployed net, shape)} and {name: choice} -> ({name: ms or None}, sums).
+
+    Locally `count` random configurations are timed in the same rounds, so that `sums` (`do_the_sums_hold`) says
+    how well the profiled blocks predict nets in general.
+    """
+    where = {key: table[key] for key in (*WHERE, "frame") if key in table}
+    if config.target == "local":
+        where.update(profile_device.machine(device))
+        more = random_nets(table, *entries["base"], count, np.random.default_rng([config.seed, 5]))
+        choices = {**choices, **{name: choice for name, (choice, _) in more.items()}}
+        entries = {**entries, **{name: entry for name, (_, entry) in more.items()}}
+    measured = whole_net_ms(config.target, entries, device, hub)
+    return measured, do_the_sums_hold(table, choices, measured, where)
+
+
+def random_nets(table, base, shape, count, rng):
+    """{name: (choice, (net, shape))} of `count` random configurations on the deployed base net.
+
+    Put together from blocks that are deployed once, untrained: no time depends on the weights.
+    """
+    surrogates = {site: {k: blocks.deploy(blocks.new_surrogate(base, site, k, 0))
+                         for k in range(1, len(blocks.BLOCKS))} for site in table["sites"]}
+    sites, nets = list(table["sites"]), {}
+    for _ in range(count):
+        choice = choice_of(sites, rng.integers(0, len(blocks.BLOCKS), len(sites)))
+        nets[" ".join(map(str, choice.values()))] = choice, (blocks.assemble(base, surrogates, choice), shape)
+    return nets
+
+
+def whole_net_ms(target, entries, device, hub):
+    """{name: (deployed net, shape)} -> {name: measured ms, None where the target measures no whole net}."""
+    if target == "local":
+        times = profile_device.time_together(entries, device, rounds=10, warmup=1)
+        return {name: statistics.median(ms) for name, ms in times.items()}
+    if target == "qai-hub":
+        entries = {name: (net.cpu(), shape) for name, (net, shape) in entries.items()}
+        found = profile_device.profile_hub(entries, **(hub or {}))
+        for line in profile_device.remarks({"modules": found}):
+            say(line)
+        return {name: result["ms"] for name, result in found.items()}
+    return {name: None for name in entries}
+
+
+def do_the_sums_hold(table, choices, measured, where):
+    """Predicted against measured ms of the nets that were measured, on `where`.
+
+    {rows, tau: Kendall's (None below three nets), mean_relative_error (None without a measurement), measured_on}.
+    """
+    rows = [{"net": name, "predicted_ms": profile_device.network_ms(table, choice), "measured_ms": measured[name]}
+            for name, choice in choices.items() if measured[name] is not None]
+    predicted, got = ([row[key] for row in rows] for key in ("predicted_ms", "measured_ms"))
+    return {"rows": rows, "measured_on": where if rows else None,
+            "tau": float(kendalltau(predicted, got).statistic) if len(rows) > 2 else None,
+            "mean_relative_error": statistics.fmean(abs(p / g - 1) for p, g in zip(predicted, got)) if rows else None}
+
+
 def stage_evaluate(config, pairs, art, device):
     """Section III: blurred input, base and chosen net on the test pairs; sizes; whole-net latency."""
     nets, sets = {"base": base_net(art, device), "chosen": chosen_net(art, device)}, named_pairs(config)
     shape, table = (1, 3, *config.frame), art["profile"]
     deployed = {name: blocks.deploy(net) for name, net in nets.items()}
-    measured = {name: None for name in nets}
-    if config.target == "local":
-        times = profile_device.time_together({n: (d, shape) for n, d in deployed.items()}, device, rounds=40)
-        measured = {name: statistics.median(ms) for name, ms in times.items()}
     choices = {"base": {}, "chosen": art["finetune"]["choice"]}
+    entries = {name: (net, shape) for name, net in deployed.items()}
+    measured, sums = measure_nets(config, table, entries, choices, device, art.get("hub"))
     nets = {name: as_scored(net, config) for name, net in nets.items()}
     own = score_nets(nets, pairs("test"), device, "test")
     rows = {name: {**own[name], "params": blocks.count_params(deployed[name]),
@@ -879,7 +945,8 @@ def stage_evaluate(config, pairs, art, device):
                    "gmacs": blocks.count_macs(deployed[name], shape) / 1e9, "latency_ms": measured[name],
                    "predicted_ms": profile_device.network_ms(table, choices[name])} for name in nets}
     tests = {name: score_nets(nets, test, device, name) for name, test in sets.items()}
-    return {"test_pairs": own["pairs"], "blurred": own["blurred"], **rows, "tests": tests, "protocol": protocol(config)}
+    return {"test_pairs": own["pairs"], "blurred": own["blurred"], **rows, "tests": tests, "sums": sums,
+            "protocol": protocol(config)}
 
 
 # -------------------------------------------------------------------------------- the report
@@ -1002,8 +1069,11 @@ def site_table(art, names):
 def gain_words(metrics):
     """Speed and quality of the chosen net in one line."""
     base, chosen = metrics["base"], metrics["chosen"]
-    key = "predicted_ms" if base["latency_ms"] is None else "latency_ms"
-    how = "predicted from the table" if base["latency_ms"] is None else "measured, interleaved"
+    key, how = "latency_ms", "measured, interleaved"
+    if None in (base["latency_ms"], chosen["latency_ms"]):
+        key, how = "predicted_ms", "predicted from the table"
+    elif "statistic" in metrics["sums"]["measured_on"]:
+        how = f"measured on {metrics['sums']['measured_on']['device']}"
     return (f"The chosen net runs {base[key] / chosen[key]:.2f}x as fast as the base ({how}) "
             f"at {chosen['psnr_db'] - base['psnr_db']:+.2f} dB; the base gains "
             f"{base['psnr_db'] - metrics['blurred']['psnr_db']:+.2f} dB over the blurred input.")
@@ -1015,8 +1085,6 @@ def report_text(config, art):
     scores, ranks, kept = art["saliency"]["scores"], art["saliency"]["mean_ranks"], art["saliency"]["critical"]
     stage = {m: {s: sum(v for site, v in row.items() if site.split(".")[0] == s) for s in ranks} for m, row in scores.items()}
     names = [block.__name__ for block in blocks.BLOCKS]
-    agree = [["base", *predicted_error(metrics["base"])], ["chosen", *predicted_error(metrics["chosen"])]]
-    measured = ", ".join(f"{k} {table[k]}" for k in ("device", "runtime", "precision", "threads", "date") if k in table)
     parts = [
         "# What did I gain", gain_table(metrics), gain_words(metrics),
         f"{metrics['test_pairs']} test pairs ({config.data or 'made'}); frame {config.frame[0]}x{config.frame[1]}. "
@@ -1028,9 +1096,9 @@ def report_text(config, art):
         "Published: Enc3 is kept, with the best mean rank (1.33; the next is 3.83).",
         "## Table 2: latency of each option, ms", markdown(
             ["site", *(f"{i} {n}" for i, n in enumerate(names))],
-            [[site, *(f"{ms:.2f}" for ms in row)] for site, row in table["sites"].items()]
+            [[site, *("unavailable" if ms is None else f"{ms:.2f}" for ms in row)] for site, row in table["sites"].items()]
             + [["published", *(f"{ms:.0f}" for ms in profile_device.PAPER_BLOCK_MS), *[""] * (len(names) - 7)][:len(names) + 1]]),
-        f"Latency from: {measured}.",
+        measured_on(table),
         "## Front and candidates",
         f"{len(found['evaluations'])} configurations scored, {len(found['front'])} on the front. Candidates lie furthest "
         f"below the chord of the front; picked: {config.pick}.",
@@ -1050,18 +1118,30 @@ def report_text(config, art):
         "## The chosen net, site by site", site_table(art, names),
         "Saliency rank: the site's rank among the sites, mean over the six measures; 1 is the most salient. Cost: PSNR "
         "on validation, before fine-tuning, that this swap alone costs; gain: the predicted latency that it saves.",
-        "## Predicted against measured latency", markdown(["net", "predicted ms", "measured ms", "error"], agree),
+        "## Do the sums hold?", *sums_text(metrics),
         "![samples](samples.png)",
         f"Seed {config.seed}; torch {torch.__version__}, numpy {np.__version__}, python {platform.python_version()}.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def predicted_error(row):
-    """Cells: predicted, measured, relative error."""
-    if row["latency_ms"] is None:
-        return f"{row['predicted_ms']:.1f}", "not measured", ""
-    return f"{row['predicted_ms']:.1f}", f"{row['latency_ms']:.1f}", f"{row['predicted_ms'] / row['latency_ms'] - 1:+.1%}"
+def measured_on(table):
+    """What a latency table was measured on, and what the device had trouble with, as Markdown."""
+    where = ", ".join([f"{k} {table[k]}" for k in WHERE if k in table] + ["frame {}x{}".format(*table["frame"])])
+    return "\n".join([f"Latency from: {where}.", *(f"- {line}." for line in profile_device.remarks(table))])
+
+
+def sums_text(metrics):
+    """Predicted (the sum of the profiled blocks) against measured latency of whole nets, as paragraphs."""
+    sums = metrics["sums"]
+    if not sums["rows"]:
+        return ["No whole net was measured: the published table knows blocks only."]
+    tau = "" if sums["tau"] is None else f"Kendall's tau {sums['tau']:.2f}, "
+    return [f"{len(sums['rows'])} nets: {tau}mean relative error {sums['mean_relative_error']:.1%}.",
+            measured_on(sums["measured_on"]),
+            markdown(["net", "predicted ms", "measured ms", "error"],
+                     [[row["net"], f"{row['predicted_ms']:.1f}", f"{row['measured_ms']:.1f}",
+                       f"{row['predicted_ms'] / row['measured_ms'] - 1:+.1%}"] for row in sums["rows"]])]
 
 
 # Okabe & Ito's colours, apart for every kind of colour vision; shapes and widths differ as well, for print.
@@ -1283,7 +1363,8 @@ STAGES = {
     "base": Stage(stage_base, "base.pt", (), DATA + ("weights", "width", "enc", "middle", "dec", "crop", "batch",
                                                      "base_steps", "base_lr", "amp")),
     "saliency": Stage(stage_saliency, "saliency.json", ("base",), ()),
-    "profile": Stage(stage_profile, "profile.json", ("base", "saliency"), ("frame", "target")),
+    "profile": Stage(stage_profile, "profile.json", ("base", "saliency"),
+                     ("frame", "target", "hub_device", "hub_runtime")),
     "distill": Stage(stage_distill, "surrogates.pt", ("base", "saliency"),
                      ("distill_share", "distill_steps", "distill_lr", "amp")),
     "search": Stage(stage_search, "search.json", ("base", "saliency", "profile", "distill"), ("evaluations", "candidates")),
@@ -1305,6 +1386,8 @@ def relevant(config, name):
     """{flag name: value} of everything that the artefact of stage `name` depends on."""
     stage = stage_of(config, name)
     knobs = set(stage.knobs).union(*(relevant(config, need) for need in stage.needs))
+    if config.target != "qai-hub":
+        knobs -= {"hub_device", "hub_runtime"}
     return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)
             if field.name in knobs}
 
@@ -1352,16 +1435,18 @@ def load_torch(path, remedy):
         raise InputError(f"{path} is damaged or no checkpoint of tensors ({type(error).__name__}): {remedy}") from None
 
 
+def load_json(path, remedy):
+    """What a JSON file holds; InputError if it is none."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise InputError(f"{path} is damaged or no JSON: {remedy}") from None
+
+
 def load_artefact(path, name, config):
     """The artefact of stage `name`, checked to be ours and of this configuration."""
     remedy = f"delete it and run --stage {name}"
-    if path.suffix == ".json":
-        try:
-            content = json.loads(path.read_text())
-        except ValueError:
-            raise InputError(f"{path} is damaged or no JSON: {remedy}") from None
-    else:
-        content = load_torch(path, remedy)
+    content = load_json(path, remedy) if path.suffix == ".json" else load_torch(path, remedy)
     if not isinstance(content, dict) or content.get("stage") != name or not isinstance(content.get("config"), dict):
         raise InputError(f"{path} is not an artefact of stage {name}: {remedy}")
     for key, value in relevant(config, name).items():
@@ -1399,9 +1484,13 @@ def say(line):
 
 # ---------------------------------------------------------------------------- command line
 
-def run(config, stage, out, device="cpu"):
-    """Run one stage, or "all" in order, in folder `out`; what is there and matches is reused."""
-    out = Path(out)
+def run(config, stage, out, device="cpu", force=False):
+    """Run one stage, or "all" in order, in folder `out`; what is there and matches is reused.
+
+    force: latencies are measured anew, with new AI Hub jobs, and what depends on them in "all" is redone.
+    """
+    out, redone = Path(out), set()
+    hub = {"device": config.hub_device, "runtime": config.hub_runtime, "jobs": out / "profile_jobs.json"}
     pairs = functools.cache(lambda split: training_pairs(config) if split == "train" else split_pairs(config, split))
     wanted = list(STAGES) if stage == "all" else [stage]
     if config.from_ and stage != "finetune":
@@ -1412,11 +1501,17 @@ def run(config, stage, out, device="cpu"):
         named_pairs(config)
     for name in wanted:
         path = out / STAGES[name].artefact
-        if name != "report" and path.exists():
-            load_artefact(path, name, config)
+        anew = force and name == ("evaluate" if stage == "evaluate" else "profile")
+        stale = anew or not redone.isdisjoint(STAGES[name].needs)
+        if name != "report" and path.exists() and not stale:
+            same_machine(name, load_artefact(path, name, config), path, config, device)
             say(f"{name}: {path} matches and is reused")
             continue
+        redone.update([name] if stale else [])
         art = {need: earlier(out, need, config, name) for need in stage_of(config, name).needs}
+        if name == "evaluate":
+            same_machine("profile", art["profile"], out / STAGES["profile"].artefact, config, device)
+        art["hub"] = {**hub, "force": anew}
         started = time.perf_counter()
         payload = stage_of(config, name).function(config, pairs, art, device)
         if name == "report":
@@ -1444,6 +1539,17 @@ def conclude(config, last, out):
           f"  python hwdeblur.py --stage deblur --out {out} --input photo.jpg --output sharp.png")
 
 
+def same_machine(name, table, path, config, device):
+    """Refuse a local latency table that was measured with another device or number of threads."""
+    if name != "profile" or config.target != "local":
+        return
+    here = profile_device.machine(device)
+    for key, remedy in (("device", "another --device"), ("threads", f"--threads {table.get('threads')}")):
+        if table.get(key) != here.get(key):
+            raise InputError(f"{path} was measured with {key} {table.get(key)}, not {here.get(key)}: give {remedy}, "
+                             "or --stage all --force to measure anew")
+
+
 def earlier(out, name, config, wanted_by):
     """The artefact that a later stage reads, or the command that makes it."""
     path = out / STAGES[name].artefact
@@ -1456,12 +1562,53 @@ def run_deblur(source, target, out, device):
     """Restore one photograph with the net that was made in `out`, whatever its configuration."""
     if not source or not target:
         raise InputError("--stage deblur needs --input PHOTO and --output FILE")
+    deblur_file(blocks.deploy(chosen_net({"finetune": finetuned(out, "deblur")}, device)), source, target, device)
+    say(f"deblur: {target} written")
+
+
+def finetuned(out, stage):
+    """The artefact of stage finetune in `out`, whatever its configuration, for `stage`."""
     path = Path(out) / STAGES["finetune"].artefact
     if not path.exists():
-        raise InputError(f"--stage deblur needs {path}, which is not there: run --stage all --out {out} first")
-    tuned = load_tuned(path)
-    deblur_file(blocks.deploy(chosen_net({"finetune": tuned}, device)), source, target, device)
-    say(f"deblur: {target} written")
+        raise InputError(f"--stage {stage} needs {path}, which is not there: run --stage all --out {out} first")
+    return load_tuned(path)
+
+
+def run_export(out, frame=None):
+    """Write the net made in `out` as deblur.pt2, a torch.export program for one frame size, and its card.
+
+    frame: (H, W) in pixels; default, the size that was profiled.
+    """
+    tuned = finetuned(out, "export")
+    frame = frame or tuned["config"].get("frame")
+    if frame is None:
+        raise InputError(f"--stage export: the run in {out} profiled no frame size: give one, say --frame 256")
+    height, width = frame
+    net = blocks.deploy(chosen_net({"finetune": tuned}))
+    program, stream = profile_device.exported(net, (1, 3, height, width)), io.BytesIO()
+    torch.export.save(program, stream)
+    card = {"input": program.graph_signature.user_inputs[0], "shape": [1, 3, height, width], "layout": "NCHW",
+            "dtype": "float32", "range": [0, 1], "channel_order": "RGB", "output": "as the input; clamp it to [0, 1]",
+            "arch": tuned["arch"], "choice": tuned["choice"], **measured_card(out, tuned, [height, width]),
+            "licence": "MIT", "seed": tuned["seed"], "versions": {"torch": str(torch.__version__)}}
+    write_file(Path(out) / "deblur.pt2", stream.getvalue())
+    save_artefact(Path(out) / "deblur.json", card)
+    say(f"export: {Path(out) / 'deblur.pt2'} and deblur.json written, for frames of {height}x{width}")
+
+
+def measured_card(out, tuned, frame):
+    """PSNR, and latency at `frame`, of the tuned net as stage evaluate found them; None where it did not."""
+    path, blank = Path(out) / STAGES["evaluate"].artefact, {"psnr_db": None, "latency_ms": None, "latency_on": None}
+    if not path.exists():
+        say(f"export: no {path}, so the card holds no PSNR and latency: run --stage evaluate first")
+        return blank
+    metrics = load_json(path, "delete it and run --stage evaluate")
+    if not isinstance(metrics, dict) or not tuned["config"].items() <= metrics.get("config", {}).items():
+        say(f"export: {path} is of another run, so the card holds no PSNR and latency: delete it, run --stage evaluate")
+        return blank
+    timed = frame == metrics["config"].get("frame") and metrics["chosen"]["latency_ms"] is not None
+    return {"psnr_db": metrics["chosen"]["psnr_db"], "latency_ms": metrics["chosen"]["latency_ms"] if timed else None,
+            "latency_on": metrics["sums"]["measured_on"] if timed else None}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1482,12 +1629,14 @@ def sides(text):
 def parser():
     """The command line, one flag per configuration entry."""
     p = Parser(description="Blockwise search for an efficient deblurring net. Stages, in order: "
-               + ", ".join(STAGES) + "; all: these; deblur: restore --input into --output.", allow_abbrev=False)
-    p.add_argument("--stage", required=True, choices=[*STAGES, "all", "deblur"])
+               + ", ".join(STAGES) + "; all: these; deblur: restore --input into --output; export: deblur.pt2, a "
+               "torch.export program of the chosen net, and its card.", allow_abbrev=False)
+    p.add_argument("--stage", required=True, choices=[*STAGES, "all", "deblur", "export"])
     p.add_argument("--preset", default="demo", choices=list(PRESETS), help="defaults of all flags below (demo)")
     p.add_argument("--out", help="folder of the artefacts (runs/PRESET)")
     p.add_argument("--device", default="cpu", help="torch device, say cuda (cpu)")
     p.add_argument("--threads", type=int, help="CPU threads (torch's own choice)")
+    p.add_argument("--force", action="store_true", help="measure latency anew, with new AI Hub jobs")
     p.add_argument("--input", help="stage deblur: a photograph")
     p.add_argument("--output", help="stage deblur: where the restored one goes, .png or .jpg")
     for field in dataclasses.fields(Config):
@@ -1531,10 +1680,12 @@ def main(argv=None):
             raise InputError(f"--device {args.device} is not to be had here ({first_line(error)})") from None
         if args.stage == "deblur":
             run_deblur(args.input, args.output, out, args.device)
+        elif args.stage == "export":
+            run_export(out, getattr(args, "frame", None))
         else:
             writable(Path(out))
-            run(config, args.stage, out, args.device)
-    except InputError as error:
+            run(config, args.stage, out, args.device, args.force)
+    except (InputError, profile_device.HubError) as error:
         print(f"hwdeblur: {error}", file=sys.stderr)
         return 2
     except OSError as error:

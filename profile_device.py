@@ -1,16 +1,29 @@
-"""Latency of blocks and nets, in milliseconds: this machine, or the paper's published table.
+"""Latency of blocks and nets, in milliseconds: this machine, Qualcomm AI Hub, or the paper's published table.
 
 A latency table is a dict that goes into JSON as it is:
-  sites {site: [ms of option 0, 1, ..]}, rest_ms (the net without those blocks), base_ms (the whole
-  base net, measured at once), options (class names), frame [H, W], and what it was measured on.
-Batch 1; pass `deploy` so that latency is that of deployed modules. torch only: this file can be copied by itself.
+  sites {site: [ms of option 0, 1, .., None where the device cannot run it]}, rest_ms (the net without
+  those blocks), base_ms (the whole base net, measured at once), options (class names), frame [H, W],
+  what it was measured on, and, from AI Hub, modules {name: its `profile_hub` result and sites}.
+Batch 1; pass `deploy` so that latency is that of deployed modules. torch only (qai_hub where AI Hub is
+asked for): this file can be copied by itself.
 """
 import argparse
 import copy
 import datetime
+import difflib
+import hashlib
+import json
+import math
+import os
 import platform
+import re
 import statistics
+import sys
+import tempfile
 import time
+import uuid
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +32,16 @@ from torch import nn
 # Table 2 of the paper: Alt-0 (the NAF block) to Alt-6 on a Samsung Galaxy S24 Ultra; table 3: 177 ms.
 PAPER_BLOCK_MS = (53.0, 15.0, 13.0, 19.0, 11.0, 9.0, 28.0)
 PAPER_BASE_MS = 177.0
+HUB_DEVICE = "Samsung Galaxy S24 Ultra"
+HUB_RUNTIMES = ("tflite", "qnn_context_binary", "onnx")
+
+
+class HubError(Exception):
+    """One line: what Qualcomm AI Hub or its client refused, and the remedy. Jobs submitted so far are noted."""
+
+
+class HubFull(HubError):
+    """Refused for the number of jobs or requests (429)."""
 
 
 def time_local(module, shape, device="cpu", rounds=20, warmup=3):
@@ -73,13 +96,14 @@ def call_ms(function, x):
     return (time.perf_counter() - started) * 1e3
 
 
-def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cpu", rounds=20):
+def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cpu", rounds=20, hub=None):
     """Latency of every option at every site, of the rest of the net, and of the whole base net.
 
     net: a blocks.NAFNet; surrogates {site: {option: module}} (trained or not: time does not depend on
-    it); frame: (H, W) or one side, in pixels; target "local" (this machine) or "paper" (its table 2).
+    it); frame: (H, W) or one side, in pixels; target "local" (this machine), "qai-hub" (`hub`: further
+    arguments of `profile_hub`) or "paper" (its table 2).
     deploy: makes a module ready for inference (blocks.deploy); default, a copy in eval mode.
-    Nothing passed in is altered. Raises ValueError for another target or option count.
+    Nothing passed in is altered. Raises ValueError for another target or option count; HubError.
     """
     frame = (frame, frame) if isinstance(frame, int) else tuple(frame)
     blocks = {site: [net.blocks()[site], *(surrogates[site][k] for k in sorted(surrogates[site]))] for site in sites}
@@ -88,8 +112,10 @@ def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cp
         timing = paper_timing(sites, len(options))
     elif target == "local":
         timing = local_timing(net, blocks, frame, deploy or in_eval_mode, device, rounds)
+    elif target == "qai-hub":
+        timing = hub_timing(net, blocks, frame, deploy or in_eval_mode, **(hub or {}))
     else:
-        raise ValueError(f"latency_table: target {target!r} is neither 'local' nor 'paper'")
+        raise ValueError(f"latency_table: target {target!r} is none of 'local', 'qai-hub' and 'paper'")
     return {"target": target, "frame": list(frame), "options": options, **timing}
 
 
@@ -102,25 +128,34 @@ def paper_timing(sites, n_options):
     if n_options != len(PAPER_BLOCK_MS):
         raise ValueError(f"the paper's table has {len(PAPER_BLOCK_MS)} options, this search {n_options}: "
                          "use target local")
-    return {"device": "Samsung Galaxy S24 Ultra (published, not measured here)",
+    return {"device": f"{HUB_DEVICE} (published, not measured here)", "runtime": "not stated",
+            "precision": "not stated", "date": "as published",
             "sites": {site: list(PAPER_BLOCK_MS) for site in sites},
             "rest_ms": 0.0, "base_ms": PAPER_BASE_MS}
 
 
-def local_timing(net, blocks, frame, deploy, device, rounds):
-    """Times on `device`; equal (block type, shape) once; the whole net in the same rounds."""
+def distinct_modules(net, blocks, frame, deploy, device):
+    """What has to be measured -> (keys {site: [key per option]}, {key: (deployed module, input shape)}).
+
+    Key: (block type, input shape), so that equal blocks are measured once; the whole net is "net", last.
+    """
     net = deploy(net).to(device)
     shapes = input_shapes(net, list(blocks), (1, 3, *frame))
-    entries = {"net": (net, (1, 3, *frame))}
+    keys = {site: [(type(block).__name__, shapes[site]) for block in options] for site, options in blocks.items()}
+    entries = {}
     for site, options in blocks.items():
-        for block in options:
-            key = (type(block).__name__, shapes[site])
+        for key, block in zip(keys[site], options):
             if key not in entries:
                 entries[key] = (deploy(block).to(device), shapes[site])
+    return keys, {**entries, "net": (net, (1, 3, *frame))}
+
+
+def local_timing(net, blocks, frame, deploy, device, rounds):
+    """Times on `device`; equal (block type, shape) once; the whole net in the same rounds."""
+    keys, entries = distinct_modules(net, blocks, frame, deploy, device)
     times = time_together(entries, device, rounds)
     ms = {name: statistics.median(samples) for name, samples in times.items()}
-    sites = {site: [ms[type(block).__name__, shapes[site]] for block in options]
-             for site, options in blocks.items()}
+    sites = {site: [ms[key] for key in row] for site, row in keys.items()}
     return {**machine(device), "sites": sites, "base_ms": ms["net"],
             "rest_ms": ms["net"] - sum(row[0] for row in sites.values()),
             "spread": max(relative_spread(samples) for samples in times.values()), "rounds": rounds}
@@ -153,22 +188,313 @@ def machine(device):
     on_gpu = torch.device(device).type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else f"CPU {platform.machine()}"
     return {"device": name, "runtime": f"torch {torch.__version__}", "precision": "float32",
-            "threads": torch.get_num_threads(), "date": datetime.date.today().isoformat()}
+            **({} if on_gpu else {"threads": torch.get_num_threads()}), "date": datetime.date.today().isoformat()}
 
 
 def network_ms(table, choice):
-    """Predicted latency of a whole net: the rest plus one block per site; sites not in choice keep 0."""
-    return table["rest_ms"] + sum(row[choice.get(site, 0)] for site, row in table["sites"].items())
+    """Predicted latency of a whole net: the rest plus one block per site; sites not in choice keep 0.
+
+    Infinite where the device cannot run a chosen block.
+    """
+    rows = [row[choice.get(site, 0)] for site, row in table["sites"].items()]
+    return math.inf if None in rows else table["rest_ms"] + sum(rows)
+
+
+# ------------------------------------------------------------------------------ Qualcomm AI Hub
+
+def hub_timing(net, blocks, frame, deploy, device=HUB_DEVICE, runtime="tflite", **rest):
+    """Table entries from a device of AI Hub; raises HubError where it cannot run an original block.
+
+    Where it runs those but not the whole base net, base_ms is None and the rest of the net counts as 0.
+    """
+    keys, entries = distinct_modules(net, blocks, frame, deploy, "cpu")
+    for name in entries.keys() - {"net"}:
+        without_zeros(entries[name][0])
+    found = profile_hub(entries, device, runtime, **rest)
+    for site, row in keys.items():
+        if found[row[0]]["ms"] is None:
+            raise HubError(f"the original block at {site} does not run on {device} with {runtime}: "
+                           f"{failure(found[row[0]])}; give another --hub-runtime or --hub-device")
+    sites = {site: [found[key]["ms"] for key in row] for site, row in keys.items()}
+    where = {key: [site for site, row in keys.items() if key in row] for key in entries}
+    base_ms = found["net"]["ms"]
+    return {"device": device, "runtime": runtime, "precision": "float32 as uploaded",
+            "date": max(result["date"] for result in found.values()), "sites": sites, "base_ms": base_ms,
+            "statistic": "the hub's own estimate (by its documentation the minimum of about 100 runs)",
+            "rest_ms": 0.0 if base_ms is None else base_ms - sum(row[0] for row in sites.values()),
+            "modules": {title(*entries[key]): {**found[key], "sites": where[key]} for key in entries}}
+
+
+def without_zeros(module):
+    """Fill, in place, parameters that are zero throughout: a compiler may drop a branch scaled by zero."""
+    for p in module.parameters():
+        if not p.any():
+            p.data.fill_(0.1)
+
+
+def title(module, shape):
+    """Type and input of a module, say NAFBlock 32x256x256."""
+    return f"{getattr(module, 'name', type(module).__name__)} {'x'.join(map(str, shape[1:]))}"
+
+
+def failure(result):
+    return f"{result['reason']} ({result['url']})"
+
+
+def remarks(table):
+    """What a designer of blocks wants to know: options that do not run, blocks with layers on the CPU."""
+    lines = []
+    for name, found in table.get("modules", {}).items():
+        where = f"{name} ({', '.join(found['sites'])})" if found.get("sites") else name
+        on_cpu = [layer["type"] or layer["name"] for layer in found["layers"] if layer["compute_unit"] == "CPU"]
+        if found["ms"] is None:
+            lines.append(f"{where} is unavailable: {failure(found)}")
+        elif on_cpu:
+            lines.append(f"{where} falls back to the CPU in {len(on_cpu)} of {len(found['layers'])} layers: "
+                         f"{', '.join(sorted(set(on_cpu)))}")
+    return lines
+
+
+class Session(NamedTuple):
+    """One run on AI Hub."""
+    client: object
+    device: str
+    runtime: str
+    path: object          # JSON file of the notes; None: keep none
+    notes: dict           # {job key: {name, compile and profile ids, then ms, reason, url, layers, date}}
+    keys: tuple           # those of this run
+    running: dict         # {job key: [compile job, profile job]}
+
+
+def profile_hub(entries, device=HUB_DEVICE, runtime="tflite", jobs=None, force=False):
+    """Profile modules on a device of AI Hub, all jobs in flight together.
+
+    entries {name: (module in eval mode, input shape)} -> {name: {ms (None if a job failed), reason, url, date,
+    layers, each with its compute_unit}}. jobs: a JSON file that notes every job the moment it exists, so that a
+    run that was cut off collects what it had submitted; force: submit anew all the same. The client finds its
+    token by itself (~/.qai_hub/client.ini, or the file that QAIHUB_CLIENT_INI names). Raises HubError.
+    """
+    names, notes = {name: job_key(*entry, device, runtime) for name, entry in entries.items()}, read_notes(jobs)
+    todo = {names[name]: entry for name, entry in entries.items() if force or "ms" not in notes.get(names[name], {})}
+    if todo:
+        session = Session(hub_client(device), device, runtime, jobs, notes, tuple(todo), {})
+        find_lost(session)
+        for key, entry in todo.items():
+            if force:
+                notes.pop(key, None)
+            session.running[key] = submit(session, key, *entry)
+            if sys.stderr.isatty():
+                show(session)
+        pause = 0.5
+        while look_all(session):
+            time.sleep(pause)
+            pause = min(10, 2 * pause)
+    return {name: {k: notes[key][k] for k in ("ms", "reason", "url", "date", "layers")} for name, key in names.items()}
+
+
+def job_key(module, shape, device, runtime):
+    """What a measured time belongs to; weights do not matter, so a module is told by its printed form."""
+    return f"{title(module, shape)} {hashlib.sha256(repr(module).encode()).hexdigest()[:12]}, {device}, {runtime}"
+
+
+def hub_client(device):
+    """The hub's client, once its configuration, token and the device's name have been found good."""
+    try:
+        import qai_hub
+    except ImportError:
+        raise HubError("AI Hub needs its client: pip install qai-hub") from None
+    client = qai_hub.Client()
+    ask(client.set_verbose, False)
+    names = {d.name for d in ask(client.get_devices)}
+    if device not in names:
+        nearest = ", ".join(difflib.get_close_matches(device, sorted(names), 5, 0))
+        raise HubError(f"AI Hub has no device {device!r}; the nearest names: {nearest}")
+    return client
+
+
+def ask(call, *args, **kwargs):
+    """call(...) of the client; whatever it raises becomes a HubError."""
+    try:
+        return call(*args, **kwargs)
+    except Exception as error:
+        kind = HubFull if type(error).__name__ == "RateLimitedError" else HubError
+        raise kind(f"AI Hub: {told(error)}; put that right and the same command goes on from here "
+                   "(--force submits anew)") from None
+
+
+def told(error):
+    """An exception of the client in one line. The texts of other libraries may quote the token: kept back."""
+    if type(error).__module__.split(".")[0] in ("qai_hub", "botocore"):
+        return " ".join(re.sub("[|┌─┐└┘]", " ", str(error)).split()).rstrip(".")
+    return (f"its client failed with {type(error).__name__}: check the network, and its configuration, which "
+            "`qai-hub configure --api_token TOKEN` writes")
+
+
+def find_lost(session):
+    """Note the ids of jobs whose creation was cut off before the answer came; jobs have unique names."""
+    import qai_hub
+    begun = [session.notes[key] for key in session.keys if key in session.notes]
+    for kind, job_type in (("compile", qai_hub.JobType.COMPILE), ("profile", qai_hub.JobType.INFERENCE)):
+        lost = {note["name"]: note for note in begun if kind not in note}
+        for summary in ask(recent_jobs, session.client, job_type) if lost else ():
+            if summary.name in lost:
+                lost[summary.name][kind] = summary.job_id
+
+
+def recent_jobs(client, job_type):
+    """Summaries of the account's latest jobs; none where it may not list them."""
+    from qai_hub.client import UserError
+    try:
+        return client.get_job_summaries(limit=200, type=job_type)
+    except UserError:
+        return []
+
+
+def submit(session, key, module, shape):
+    """Submit what the notes lack -> [compile job, profile job]; an id is noted the moment it exists."""
+    import qai_hub
+    client, target, note = session.client, qai_hub.Device(session.device), session.notes.setdefault(key, {})
+    if "name" not in note:
+        note["name"] = f"{title(module, shape)} {uuid.uuid4().hex[:12]}"
+        save_notes(session)
+    if "compile" in note:
+        compiled = ask(client.get_job, note["compile"])
+    else:
+        compiled = insist(session, client.submit_compile_job, upload(client, module, shape, note["name"]), target,
+                          name=note["name"], input_specs={"x": shape}, options=f"--target_runtime {session.runtime}")
+        note["compile"] = compiled.job_id
+        save_notes(session)
+    if "profile" in note:
+        return [compiled, ask(client.get_job, note["profile"])]
+    try:
+        profiled = insist(session, client.submit_inference_job, compiled.get_target_model(), target,
+                          name=note["name"], retry=False, profile=True)
+    except HubError:
+        if ask(compiled.get_status).failure:
+            return [compiled]
+        raise
+    note["profile"] = profiled.job_id
+    save_notes(session)
+    return [compiled, profiled]
+
+
+def exported(module, shape):
+    """The module, on the CPU, as a torch.export program for one input of `shape`.
+
+    Its weights are contiguous, which is what converters expect; outputs are the same bits.
+    """
+    return torch.export.export(copy.deepcopy(module).to(memory_format=torch.contiguous_format), (torch.zeros(shape),))
+
+
+def upload(client, module, shape, name):
+    """The module as an exported program, uploaded -> the client's model."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "module.pt2")
+        torch.export.save(exported(module, shape), path)
+        return ask(client.upload_model, path, name)
+
+
+def insist(session, submission, *args, **kwargs):
+    """submission(...); refused for the number of jobs (429), again as long as some of ours are running.
+
+    The client itself tries a refused submission seven times, some 15 s in all.
+    """
+    while True:
+        try:
+            return ask(submission, *args, **kwargs)
+        except HubFull:
+            if not look_all(session):
+                raise
+
+
+def look_all(session):
+    """Note what has come of the jobs in flight; returns how many modules are still waited for."""
+    before = len(session.running)
+    for key, jobs in list(session.running.items()):
+        if look(session.notes[key], jobs):
+            del session.running[key]
+    if len(session.running) < before:
+        save_notes(session)
+        show(session)
+    return len(session.running)
+
+
+def look(note, jobs):
+    """Note what has come of one module's jobs; True when there is nothing more to wait for.
+
+    A failed job raises nothing in this client: both are asked, and a profile must hold a time.
+    """
+    ended = {"ms": None, "date": datetime.date.today().isoformat(), "layers": []}
+    for job in jobs:
+        status = ask(job.get_status)
+        if status.failure:
+            note.update(ended, reason=" ".join((status.message or "no reason given").split()), url=job.url)
+        if not status.success:
+            return status.failure
+        note["compiled"] = True
+    profile = ask(jobs[-1].download_profile)
+    try:
+        note.update(ended, ms=parse_profile(profile), reason=None, url=jobs[-1].url,
+                    layers=profile.get("execution_detail", []))
+    except ValueError as error:
+        note.update(ended, reason=str(error), url=jobs[-1].url)
+    return True
+
+
+def parse_profile(profile):
+    """Milliseconds of a profile that the client downloaded; its times are integers in microseconds."""
+    time_us = profile.get("execution_summary", {}).get("estimated_inference_time")
+    if not time_us or time_us < 0:
+        raise ValueError(f"the profile holds no inference time ({time_us})")
+    return time_us / 1000
+
+
+def read_notes(path):
+    """The notes of earlier runs, {} if there are none."""
+    try:
+        notes = {} if path is None else json.loads(Path(path).read_text())
+        if all("name" in note for note in notes.values()):
+            return notes
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, TypeError):
+        pass
+    raise HubError(f"{path} is damaged: delete it, and its jobs are submitted anew")
+
+
+def save_notes(session):
+    """Write the notes, whole or not at all."""
+    if session.path is None:
+        return
+    temporary = Path(f"{session.path}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        json.dump(session.notes, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(session.path)
+
+
+def show(session):
+    """One line of progress, live on a terminal."""
+    notes, live = [session.notes.get(key, {}) for key in session.keys], sys.stderr.isatty()
+    submitted, compiled, ended = (sum(k in note for note in notes) for k in ("compile", "compiled", "ms"))
+    failed = sum(note.get("ms", 0) is None for note in notes)
+    line = (f"AI Hub: {len(notes)} modules, {submitted} submitted, {compiled} compiled, {ended - failed} profiled, "
+            f"{failed} failed")
+    print(f"{line:<79}" if live else line, end="\r" if live and session.running else "\n", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------- the operators blocks are made of
 
 class Operator(nn.Module):
-    """A function of x as a module."""
+    """A named function of x as a module."""
 
-    def __init__(self, function):
+    def __init__(self, name, function):
         super().__init__()
-        self.function = function
+        self.name, self.function = name, function
+
+    def extra_repr(self):
+        return self.name
 
     def forward(self, x):
         return self.function(x)
@@ -183,20 +509,36 @@ def operators(channels):
     return {"1x1 convolution": nn.Conv2d(channels, channels, 1),
             "3x3 convolution": nn.Conv2d(channels, channels, 3, padding=1),
             "3x3 depthwise": nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
-            "channel layer norm": Operator(channel_layer_norm),
+            "channel layer norm": Operator("channel_layer_norm", channel_layer_norm),
             "batch norm": nn.BatchNorm2d(channels),
-            "pool, broadcast product": Operator(lambda x: x * x.mean((2, 3), keepdim=True)),
-            "gate (half channels)": Operator(lambda x: torch.mul(*x.chunk(2, dim=1))),
+            "pool, broadcast product": Operator("pool_product", lambda x: x * x.mean((2, 3), keepdim=True)),
+            "gate (half channels)": Operator("gate", lambda x: torch.mul(*x.chunk(2, dim=1))),
             "ReLU": nn.ReLU()}
 
 
+def operator_times(entries, args):
+    """{name: (module, shape)} -> ({name: ms or None}, where they were measured, remarks)."""
+    if args.target == "local":
+        times = time_together(entries, args.device)
+        where = machine(args.device)
+        return {name: statistics.median(ms) for name, ms in times.items()}, f"{where['device']}, {where['runtime']}", []
+    found = profile_hub(entries, args.hub_device, args.hub_runtime, args.jobs, args.force)
+    modules = {f"{name} {'x'.join(map(str, shape[1:]))}": found[name, shape] for name, shape in entries}
+    return ({name: result["ms"] for name, result in found.items()}, f"{args.hub_device}, {args.hub_runtime}",
+            remarks({"modules": modules}))
+
+
 def main(argv=None):
-    """Print this machine's operator latencies at the shapes of a NAFNet."""
+    """Print operator latencies at the shapes of a NAFNet: of this machine, or of a device of Qualcomm AI Hub."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--target", choices=["local"], default="local")
+    parser.add_argument("--target", choices=["local", "qai-hub"], default="local")
     parser.add_argument("--width", type=int, default=32, help="channels at full resolution")
     parser.add_argument("--frame", type=int, default=256, help="side of the net's input, pixels")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="torch device of target local")
+    parser.add_argument("--hub-device", default=HUB_DEVICE)
+    parser.add_argument("--hub-runtime", choices=HUB_RUNTIMES, default=HUB_RUNTIMES[0])
+    parser.add_argument("--jobs", default="profile_jobs.json", help="where AI Hub jobs are noted")
+    parser.add_argument("--force", action="store_true", help="submit AI Hub jobs anew")
     args = parser.parse_args(argv)
     if args.width < 2 or args.width % 2 or args.frame < 16:
         parser.error("--width must be even and --frame at least 16")
@@ -206,14 +548,22 @@ def main(argv=None):
         parser.error(f"--device {args.device} is not to be had here: {str(error).splitlines()[0]}")
     shapes = [(1, args.width * 2 ** level, args.frame // 2 ** level, args.frame // 2 ** level)
               for level in range(5)]
-    entries = {(name, shape): (module.eval().to(args.device, memory_format=torch.channels_last), shape)
+    device = args.device if args.target == "local" else "cpu"
+    entries = {(name, shape): (module.eval().to(device, memory_format=torch.channels_last), shape)
                for shape in shapes for name, module in operators(shape[1]).items()}
-    times = time_together(entries, args.device)
-    print(f"milliseconds on {machine(args.device)['device']}, {torch.get_num_threads()} threads")
+    try:
+        ms, where, notes = operator_times(entries, args)
+    except (HubError, OSError) as error:
+        print(f"profile_device: {error}", file=sys.stderr)
+        return 2
+    print(f"milliseconds on {where}, {datetime.date.today().isoformat()}"
+          + (f", {torch.get_num_threads()} threads" if args.target == "local" else ""))
     print(f"{'':<26}" + "".join(f"{'x'.join(map(str, shape[1:])):>14}" for shape in shapes))
     for name in operators(2):
-        print(f"{name:<26}" + "".join(f"{statistics.median(times[name, s]):14.3f}" for s in shapes))
+        print(f"{name:<26}" + "".join("         fails" if ms[name, s] is None else f"{ms[name, s]:14.3f}" for s in shapes))
+    print("".join(f"{note}\n" for note in notes), end="")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,15 +6,21 @@ to compute the same, or a figure that the papers print. No test asserts a time.
 import ast
 import contextlib
 import copy
+import dataclasses
+import http.server
 import io
 import itertools
 import json
+import math
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 import unittest
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -139,6 +145,20 @@ class Blocks(unittest.TestCase):
             self.assertFalse(kinds & {nn.BatchNorm2d, blocks.RepBranches})
             for k, v in module.state_dict().items():
                 self.assertTrue(torch.equal(v, before[k]))
+
+    def test_deploy_of_whole_nets(self):
+        net, x = small_net(), images(1, 3, 13, 18)
+        base = blocks.deploy(net)
+        self.assertTrue(torch.equal(base(x), net(x)))
+        self.assertEqual([(k, type(m)) for k, m in base.named_modules()], [(k, type(m)) for k, m in net.named_modules()])
+        self.assertTrue(all(torch.equal(v, net.state_dict()[k]) for k, v in base.state_dict().items()))
+        sites = blocks.site_names(net)
+        choice = {site: 1 + i % (len(blocks.BLOCKS) - 1) for i, site in enumerate(sites)}
+        surrogates = {s: {k: randomized(blocks.new_surrogate(net, s, k, 0), k).eval()} for s, k in choice.items()}
+        chosen = blocks.assemble(net, surrogates, choice).eval()
+        deployed = blocks.deploy(chosen)
+        torch.testing.assert_close(deployed(x), chosen(x), rtol=1e-5, atol=1e-5)
+        self.assertFalse({type(m) for m in deployed.modules()} & {nn.BatchNorm2d, blocks.RepBranches})
 
     def test_block_io_removes_its_hooks_also_on_error(self):
         net, x = small_net(), images(1, 3, 8, 8)
@@ -552,6 +572,34 @@ class Profile(unittest.TestCase):
         self.assertEqual(profile_device.network_ms(table, {"mid.0": 5, "enc0.0": 1}), 53 + 9 + 15)
         self.assertEqual(table["base_ms"], 177)
 
+    def test_sums_of_random_configurations(self):
+        table = profile_device.latency_table(self.net, self.surrogates, self.sites, 32, "local", blocks.deploy, rounds=2)
+        choices, config = {"base": {}, "chosen": {"mid.0": 5}}, hwdeblur.Config(frame=(32, 32))
+        entries = {name: (blocks.deploy(blocks.assemble(self.net, self.surrogates, c)), (1, 3, 32, 32)) for name, c in choices.items()}
+        measured, sums = hwdeblur.measure_nets(config, table, entries, choices, "cpu", None, count=6)
+        self.assertEqual([row["net"] for row in sums["rows"][:2]], ["base", "chosen"])
+        self.assertEqual({row["net"]: row["measured_ms"] for row in sums["rows"]}, measured)
+        p, m = (np.array([row[key] for row in sums["rows"]]) for key in ("predicted_ms", "measured_ms"))
+        self.assertEqual(len(p), 8)
+        for row in sums["rows"][2:]:
+            blocks_ms = [table["sites"][s][int(o)] for s, o in zip(self.sites, row["net"].split())]
+            self.assertAlmostEqual(row["predicted_ms"], table["rest_ms"] + sum(blocks_ms))
+        agree = [np.sign(p[i] - p[j]) * np.sign(m[i] - m[j]) for i, j in itertools.combinations(range(8), 2)]
+        self.assertAlmostEqual(sums["tau"], np.mean(agree))
+        self.assertAlmostEqual(sums["mean_relative_error"], np.mean(np.abs(p / m - 1)))
+        self.assertIn("Kendall's tau", hwdeblur.sums_text({"sums": sums})[0])
+        measured, sums = hwdeblur.measure_nets(dataclasses.replace(config, target="paper"), table, entries, choices, "cpu", None)
+        self.assertEqual(measured, {"base": None, "chosen": None})
+        self.assertEqual(sums, {"rows": [], "measured_on": None, "tau": None, "mean_relative_error": None})
+
+    def test_random_nets_are_the_configurations_they_are_named_after(self):
+        table = {"sites": dict.fromkeys(self.sites)}
+        nets = hwdeblur.random_nets(table, blocks.deploy(self.net), (1, 3, 8, 8), 3, np.random.default_rng(0))
+        for name, (choice, (net, _)) in nets.items():
+            self.assertEqual(" ".join(str(choice[s]) for s in self.sites), name)
+            expected = blocks.deploy(blocks.assemble(self.net, self.surrogates, choice))
+            torch.testing.assert_close(net(images(1, 3, 8, 8)), expected(images(1, 3, 8, 8)), rtol=1e-5, atol=1e-5)
+
     def test_unknown_target(self):
         with self.assertRaisesRegex(ValueError, "moon"):
             profile_device.latency_table(self.net, self.surrogates, self.sites, 32, "moon")
@@ -565,6 +613,237 @@ class Profile(unittest.TestCase):
         visits = [name for name, _ in itertools.groupby(calls)]
         self.assertEqual([name for name, _ in visits], ["a", "b"] * 7)
         self.assertEqual({shape for _, shape in visits}, {(1, 1, 4, 4), (1, 2, 4, 4)})
+
+
+class Loopback(http.server.BaseHTTPRequestHandler):
+    """What AI Hub's client asks for: devices, uploads, jobs. The state is in the server, a `Hub`."""
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, message=None, status=200, headers=()):
+        body = b"" if message is None else message.SerializeToString()
+        self.send_response(status)
+        for name, value in (("Content-Type", "application/x-protobuf"), ("Content-Length", len(body)), *headers):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def reply(self):
+        from qai_hub import public_api_pb2 as pb
+        hub, body = self.server, self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path, _, query = self.path.removeprefix("/api/v1/").partition("?")
+        path = path.strip("/").split("/")
+        hub.requests += 1
+        if hub.requests <= hub.stumbles:
+            self.answer(status=500)
+        elif path[0] == "put":
+            hub.models[path[1]] = body
+            self.answer(headers=[("ETag", "e")])
+        elif self.headers["Authorization"] != f"token {hub.token}":
+            self.answer(status=401)
+        elif path == ["devices"]:
+            names = [name for name in hub.devices if f"name={name.replace(' ', '+')}&" in query or "name=&" in query]
+            self.answer(pb.DeviceList(devices=[pb.Device(name=n, os="14", attributes=["framework:tflite"]) for n in names]))
+        elif path == ["models"]:
+            self.answer(pb.CreateUpdateResponse(id=f"m{hub.requests}"))
+        elif path[0] == "models" and self.command == "POST":
+            self.answer(pb.CreateUpdateResponse(id=path[1]))
+        elif path[0] == "models":
+            url = f"http://127.0.0.1:{hub.server_port}/api/v1/put/{path[1]}"
+            self.answer(pb.FileUploadResponse(multipart_url=pb.FileMultipartUploadURL(urls=[url], max_part_size=2 ** 30)))
+        elif path == ["job_summaries"]:
+            self.answer(hub.summaries("compile" in query))
+        elif self.command == "POST":
+            if hub.full_after == len(hub.jobs):
+                return self.answer(status=429)
+            created = pb.CreateUpdateResponse(id=hub.create(pb.Job.FromString(body)))
+            if hub.cut_after == len(hub.jobs):                         # the job exists, its creator never knows
+                return self.answer(status=401)
+            self.answer(created)
+        else:
+            job = hub.jobs[int(path[1][1:])]
+            self.answer(job if len(path) == 2 else hub.result(job))
+
+    do_GET = do_POST = do_PUT = reply
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """A hub on the loopback address, in whose jobs time is a known function of the uploaded program."""
+    daemon_threads = True
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Loopback)
+        self.token, self.devices = "hushhush", ["Samsung Galaxy S24 Ultra", "Samsung Galaxy S24", "Google Pixel 9"]
+        self.models, self.jobs, self.requests, self.stumbles = {}, [], 0, 0
+        self.cut_after, self.full_after, self.fail = None, None, ()
+        self.ini = Path(folder, "client.ini")
+        self.configure(self.token)
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def configure(self, token):
+        url = f"http://127.0.0.1:{self.server_port}"
+        self.ini.write_text(f"[api]\napi_token = {token}\napi_url = {url}\nweb_url = {url}\n")
+
+    def create(self, job):
+        from qai_hub import public_api_pb2 as pb
+        name, part = f"j{len(self.jobs)}", getattr(job, job.WhichOneof("job"))
+        if part is job.compile_job:
+            failed = part.name.split()[0] in self.fail
+            part.compile_job_id = name
+            part.target_model.CopyFrom(pb.Model(model_id=name, model_type=pb.MODEL_TYPE_TFLITE))
+        else:
+            failed = self.compiled(job).job_state == pb.JOB_STATE_FAILED
+            part.inference_job_id = name
+        part.job_state = pb.JOB_STATE_FAILED if failed else pb.JOB_STATE_DONE
+        if failed:
+            part.failure_reason = "operator\nunknown"
+        self.jobs.append(job)
+        return name
+
+    def compiled(self, job):
+        return self.jobs[int(job.inference_job.model.model_id[1:])].compile_job
+
+    def summaries(self, compiles):
+        from qai_hub import public_api_pb2 as pb
+        rows = [pb.JobSummary(compile_job_summary=pb.CompileJobSummary(job_id=j.compile_job.compile_job_id,
+                                                                       name=j.compile_job.name))
+                if j.HasField("compile_job") else
+                pb.JobSummary(inference_job_summary=pb.InferenceJobSummary(job_id=j.inference_job.inference_job_id,
+                                                                           name=j.inference_job.name))
+                for j in self.jobs if j.HasField("compile_job") == compiles]
+        return pb.JobSummaryList(job_summaries=rows)
+
+    def result(self, job):
+        from qai_hub import public_api_pb2 as pb
+        compiled = self.compiled(job)
+        program = torch.export.load(io.BytesIO(self.models[compiled.model.model_id]))
+        size = math.prod(compiled.tensor_type_list.types[0].tensor_type.shape)
+        kinds = {node.target.__name__.split(".")[0] for node in program.graph.nodes if node.op == "call_function"}
+        layers = [pb.LayerDetail(name=kind, layer_type_name=kind, compute_unit=pb.COMPUTE_UNIT_CPU if kind == "layer_norm"
+                                 else pb.COMPUTE_UNIT_NPU) for kind in sorted(kinds)]
+        time_us = sum(p.numel() for p in program.state_dict.values()) + 10 * size
+        return pb.JobResult(inference_job_result=pb.InferenceJobResult(
+            detail=pb.ProfileDetail(major_version=1, execution_time=time_us, layer_details=layers)))
+
+
+class AIHub(unittest.TestCase):
+    """The real client against a hub on the loopback address."""
+
+    def setUp(self):
+        self.folder = self.enterContext(tempfile.TemporaryDirectory())
+        self.jobs = Path(self.folder, "profile_jobs.json")
+        self.hub = Hub(self.folder)
+        self.addCleanup(self.hub.server_close)
+        self.addCleanup(self.hub.shutdown)
+        self.enterContext(mock.patch.dict(os.environ, {"QAIHUB_CLIENT_INI": str(self.hub.ini), "NO_PROXY": "127.0.0.1"}))
+        self.enterContext(mock.patch("qai_hub.util.session.BACKOFF_FACTOR", 0.001))
+        self.said = self.enterContext(contextlib.redirect_stderr(io.StringIO()))
+        self.printed = self.enterContext(contextlib.redirect_stdout(io.StringIO()))
+        self.convs = {n: (nn.Conv2d(3, n, 1).eval(), (1, 3, 4, 4)) for n in range(1, 5)}
+
+    def profile(self, **kwargs):
+        return profile_device.profile_hub(self.convs, jobs=self.jobs, **kwargs)
+
+    def table(self, sites=("enc0.0", "dec0.0")):
+        net = small_net(enc=(1,), dec=(1,))
+        surrogates = {s: {k: blocks.new_surrogate(net, s, k, 0) for k in range(1, len(blocks.BLOCKS))} for s in sites}
+        return profile_device.latency_table(net, surrogates, sites, (16, 8), "qai-hub", blocks.deploy, hub={"jobs": self.jobs})
+
+    def test_table_holds_the_hubs_times_and_equal_blocks_are_submitted_once(self):
+        table = self.table()
+        expected = [(blocks.count_params(blocks.deploy(block(4))) + 10 * 4 * 16 * 8) / 1000 for block in blocks.BLOCKS]
+        self.assertEqual(table["sites"], {"enc0.0": expected, "dec0.0": expected})
+        base_ms = (blocks.count_params(small_net(enc=(1,), dec=(1,))) + 10 * 3 * 16 * 8) / 1000
+        self.assertEqual((table["base_ms"], len(self.hub.jobs)), (base_ms, 16))
+        self.assertAlmostEqual(profile_device.network_ms(table, {"dec0.0": 5}), base_ms - expected[0] + expected[5])
+        self.assertEqual(json.loads(json.dumps(table)), table)
+        self.assertEqual([line.split(" in ")[0] for line in profile_device.remarks(table)], [
+            "NAFBlock 4x16x8 (enc0.0, dec0.0) falls back to the CPU", "NAFNet 3x16x8 falls back to the CPU"])
+        self.assertIn("8 modules, 8 submitted, 8 compiled, 8 profiled, 0 failed", self.said.getvalue())
+        self.assertEqual(self.printed.getvalue(), "")                  # where the client warns of deprecated calls
+        self.assertEqual({job.compile_job.options for job in self.hub.jobs[::2]}, {"--target_runtime tflite"})
+
+    def test_a_failed_job_makes_its_option_unavailable(self):
+        self.hub.fail = ("Gated",)
+        table = self.table(["enc0.0"])
+        self.assertEqual([k for k, ms in enumerate(table["sites"]["enc0.0"]) if ms is None], [2])
+        self.assertIn("7 profiled, 1 failed", self.said.getvalue())
+        self.assertRegex(profile_device.remarks(table)[1], r"Gated 4x16x8 \(enc0.0\) is unavailable: operator unknown \(http.*/j4/\)")
+        self.assertEqual(profile_device.network_ms(table, {"enc0.0": 2}), math.inf)
+        self.assertEqual(np.isinf(hwdeblur.penalties(table, ["enc0.0"])[0]).tolist(), [False] * 2 + [True] + [False] * 4)
+        self.hub.fail = ("NAFBlock",)
+        with self.assertRaisesRegex(profile_device.HubError, "original block at mid.0.*operator unknown.*http"):
+            self.table(["mid.0"])
+
+    def test_a_run_that_was_cut_off_submits_nothing_twice(self):
+        for self.hub.cut_after in (3, 6):                              # cut at a compile job, then at a profile job
+            with self.assertRaisesRegex(profile_device.HubError, "authenticate"):
+                self.profile()
+        self.hub.cut_after = None
+        found = self.profile()
+        self.assertEqual([found[n]["ms"] for n in self.convs], [(4 * n + 10 * 48) / 1000 for n in self.convs])
+        kinds = [(job.WhichOneof("job"), getattr(job, job.WhichOneof("job")).name) for job in self.hub.jobs]
+        self.assertEqual((len(kinds), len(set(kinds))), (8, 8))
+        asked = self.hub.requests
+        self.assertEqual(self.profile(), found)
+        self.assertEqual(self.hub.requests, asked)
+        self.profile(force=True)
+        self.assertEqual(len(self.hub.jobs), 16)
+
+    def test_the_whole_command_on_a_device(self):
+        out = Path(self.folder, "run")
+        args = ["--target", "qai-hub", *Whole.TINY, "--enc", "1", "--dec", "1", "--evaluations", "6", "--candidates", "1",
+                "--out", str(out), "--stage"]
+        self.assertEqual(hwdeblur.main([*args, "all"]), 0, self.said.getvalue())
+        table, metrics = (json.loads((out / name).read_text()) for name in ("profile.json", "metrics.json"))
+        self.assertEqual([table[k] for k in ("device", "runtime", "frame")], ["Samsung Galaxy S24 Ultra", "tflite", [32, 32]])
+        self.assertEqual(metrics["base"]["latency_ms"], (metrics["base"]["params"] + 10 * 3 * 32 * 32) / 1000)
+        self.assertEqual(metrics["chosen"]["latency_ms"], (metrics["chosen"]["params"] + 10 * 3 * 32 * 32) / 1000)
+        self.assertIn("falls back to the CPU", (out / "report.md").read_text())
+        jobs = len(self.hub.jobs)
+        self.assertEqual(hwdeblur.main([*args, "all"]), 0)
+        self.assertEqual(hwdeblur.main([*args, "profile", "--hub-runtime", "onnx"]), 2)
+        self.assertIn("--hub-runtime tflite, not onnx", self.said.getvalue())
+        self.assertEqual(len(self.hub.jobs), jobs)
+
+    def test_the_clients_failures_are_one_line(self):
+        def refused(pattern, *args):
+            status = profile_device.main(["--target", "qai-hub", "--jobs", str(self.jobs), *args])
+            line = self.said.getvalue().splitlines()[-1]
+            self.assertEqual(status, 2)
+            self.assertRegex(line, pattern)
+            self.assertNotIn("hush", self.said.getvalue() + self.printed.getvalue())
+
+        refused("no device 'Galaxy S24'; the nearest names: Samsung Galaxy S24, Samsung Galaxy S24 Ultra", "--hub-device", "Galaxy S24")
+        self.hub.configure("hush")
+        refused("Failed to authenticate")
+        self.hub.configure("hush%hush")
+        refused("InterpolationSyntaxError.*qai-hub configure")
+        self.hub.ini.write_text("api_token = hush")
+        refused("MissingSectionHeaderError.*qai-hub configure")
+        self.hub.ini.unlink()
+        refused("client.ini not found")
+        self.hub.configure(self.hub.token)
+        for text in ("{", "[]", '{"a": {}}', '{"a": 1}'):
+            self.jobs.write_text(text)
+            refused("profile_jobs.json is damaged")
+        self.assertEqual(self.hub.jobs, [])
+
+    def test_a_profile_without_a_time_is_refused(self):
+        self.assertEqual(profile_device.parse_profile({"execution_summary": {"estimated_inference_time": 1234}}), 1.234)
+        for profile in ({}, {"execution_summary": {}}, {"execution_summary": {"estimated_inference_time": 0}}):
+            with self.assertRaisesRegex(ValueError, "no inference time"):
+                profile_device.parse_profile(profile)
+
+    def test_500s_are_ridden_out_and_what_was_measured_is_kept_at_a_limit(self):
+        self.hub.stumbles, self.hub.full_after = 2, 4
+        with self.assertRaisesRegex(profile_device.HubError, "429|Too Many|slow down"):
+            self.profile()
+        self.assertEqual([note["ms"] for note in json.loads(self.jobs.read_text()).values() if "ms" in note], [0.484, 0.488])
+        self.hub.full_after = None
+        self.profile()
+        self.assertEqual(len(self.hub.jobs), 8)
 
 
 class Metrics(unittest.TestCase):
@@ -884,6 +1163,37 @@ class Whole(unittest.TestCase):
         self.assertEqual((status, (self.out / "base.pt").stat().st_mtime_ns), (0, before))
         self.assertIn("reused", said)
         self.refused("--base-lr 0.002, not 0.5", "--stage", "all", "--target", "paper", *self.TINY, "--base-lr", 0.5)
+
+    def test_a_local_table_of_another_machine_is_refused(self):
+        out = Path(self.folder.name) / "local"
+        out.mkdir()
+        for name in ("base.pt", "saliency.json"):
+            (out / name).write_bytes((self.out / name).read_bytes())
+        self.assertEqual(self.command("--stage", "profile", *self.TINY, out=out)[0], 0)
+        self.assertIn("reused", self.command("--stage", "profile", *self.TINY, out=out)[2])
+        table = json.loads((out / "profile.json").read_text())
+        (out / "profile.json").write_text(json.dumps({**table, "threads": 77}))
+        self.refused("with threads 77, not .*: give --threads 77", "--stage", "profile", *self.TINY, out=out)
+        self.assertEqual(self.command("--stage", "profile", "--force", *self.TINY, out=out)[0], 0)
+        self.assertNotEqual(json.loads((out / "profile.json").read_text())["threads"], 77)
+
+    def test_the_exported_program_runs_without_the_project(self):
+        status, _, said = self.command("--stage", "export")
+        self.assertEqual(status, 0, said)
+        card = json.loads((self.out / "deblur.json").read_text())
+        self.assertEqual((card["input"], card["shape"], card["range"]), ("image", [1, 3, 32, 32], [0, 1]))
+        self.assertEqual(card["psnr_db"], json.loads((self.out / "metrics.json").read_text())["chosen"]["psnr_db"])
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(images(*card["shape"]), Path(folder, "in.pt"))
+            code = ("import torch, sys; x = torch.load('in.pt')\n"
+                    "torch.save(torch.export.load(sys.argv[1]).module()(x), 'out.pt')")
+            subprocess.run([sys.executable, "-I", "-c", code, self.out / "deblur.pt2"], cwd=folder, check=True)
+            got = torch.load(Path(folder, "out.pt"))
+        tuned = torch.load(self.out / "finetuned.pt", weights_only=True)
+        expected = blocks.deploy(hwdeblur.chosen_net({"finetune": tuned}))(images(*card["shape"]))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        for name in ("deblur.pt2", "deblur.json"):
+            (self.out / name).unlink()
 
     def test_damaged_artefacts_are_refused_by_name(self):
         other = Path(self.folder.name) / "other"
