@@ -87,10 +87,13 @@ def mc_ehvi(mean, std, draws, boxes):
 
     mean, std (q, 2); draws (s, 2) standard normal, common to all candidates; boxes from free_boxes.
     """
-    y = mean[:, None] + std[:, None] * draws                           # (q, s, 2)
-    lower, upper = boxes[:, 0], boxes[:, 1]                            # (b, 2)
-    sides = upper - np.maximum(lower, y[:, :, None])                   # (q, s, b, 2)
-    return np.maximum(sides, 0).prod(-1).sum(-1).mean(-1)
+    def sides(axis):                                                   # of the boxes beyond y, (q, s, b)
+        y = mean[:, axis, None] + std[:, axis, None] * draws[:, axis]
+        y = y if std[:, axis].any() else y[:, :1]                      # known exactly: all draws agree
+        sides = np.maximum(boxes[:, 0, axis], y[:, :, None])
+        return np.maximum(np.subtract(boxes[:, 1, axis], sides, out=sides), 0, out=sides)
+
+    return (sides(0) * sides(1)).sum(-1).mean(-1)
 
 
 def exact_ehvi(mean, std, boxes):
@@ -222,7 +225,7 @@ def gp_fit(X, y, kernel="overlap", warped=False):
 
     fit = minimize(cost, [*np.log([start] * d + [1.0, 1e-3]), 0.5 * most], jac=True, method="L-BFGS-B",
                    bounds=[*np.log([(1e-3, top)] * d + [(1e-2, 1e2), (1e-6, 1e-1)]), (-most, 1.5 * most)],
-                   options={"maxiter": 40})
+                   options={"maxiter": 40, "ftol": 1e-6})
     value, _, chol, alpha, offset, scale = warped_evidence(fit.x, D, y)
     *rates, signal, noise = np.exp(fit.x[:-1])
     return GP(X, kernel, np.array(rates), signal, noise, fit.x[-1], offset, scale, chol, alpha, value)
