@@ -83,17 +83,10 @@ def keep_memory():
 
 
 def call_ms(function, x):
-    """Milliseconds of one call: CUDA events where x lives on a GPU, the wall clock elsewhere."""
-    if x.is_cuda:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function(x)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    started = time.perf_counter()
+    """Milliseconds of one call."""
+    start = stamp(x)
     function(x)
-    return (time.perf_counter() - started) * 1e3
+    return milliseconds(start, stamp(x))
 
 
 def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cpu", rounds=20, hub=None):
@@ -151,14 +144,72 @@ def distinct_modules(net, blocks, frame, deploy, device):
 
 
 def local_timing(net, blocks, frame, deploy, device, rounds):
-    """Times on `device`; equal (block type, shape) once; the whole net in the same rounds."""
+    """Times on `device`; equal (block type, shape) share one."""
     keys, entries = distinct_modules(net, blocks, frame, deploy, device)
-    times = time_together(entries, device, rounds)
+    times = time_in_place(keys, entries, device, rounds)
     ms = {name: statistics.median(samples) for name, samples in times.items()}
     sites = {site: [ms[key] for key in row] for site, row in keys.items()}
     return {**machine(device), "sites": sites, "base_ms": ms["net"],
             "rest_ms": ms["net"] - sum(row[0] for row in sites.values()),
             "spread": max(relative_spread(samples) for samples in times.values()), "rounds": rounds}
+
+
+def time_in_place(keys, entries, device="cpu", rounds=20, warmup=3):
+    """What `distinct_modules` gives -> {key: [ms, one per round]}, every block timed inside the whole net.
+
+    Every round runs the net once per option, that option at every site, as `time_together` visits modules.
+    A block that is called over and over by itself finds its input in the cache and the memory of its output just
+    freed; inside a net, where skip connections hold on to theirs, it does not, and sums of times taken
+    alone rank whole nets worse. Alters the net in `entries`.
+    """
+    keep_memory()
+    (net, shape), spans = entries["net"], {}
+    places, x = block_places(net, keys), torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    for key, (module, _) in entries.items():
+        module.register_forward_pre_hook(lambda *_, key=key: spans.setdefault(key, []).append([stamp(x)]))
+        module.register_forward_hook(lambda *_, key=key: spans[key][-1].append(stamp(x)))
+    times = {key: [] for key in entries}
+    with torch.inference_mode():
+        for turn in range(-warmup, rounds):
+            for options in zip(*keys.values()):
+                for (parent, name), key in zip(places, options):
+                    setattr(parent, name, entries[key][0])
+                calls = [run_spans(net, x, spans) for _ in range(4)][1:]
+                first = options == tuple(row[0] for row in keys.values())
+                for key in calls[0]:
+                    if turn >= 0 and (first or key != "net"):
+                        times[key].append(min(call[key] for call in calls))
+    return times
+
+
+def block_places(net, sites):
+    """[(parent module, attribute)] of the blocks at `sites`."""
+    names = {module: name.rpartition(".") for name, module in net.named_modules()}
+    return [(net.get_submodule(names[net.blocks()[site]][0]), names[net.blocks()[site]][2]) for site in sites]
+
+
+def run_spans(net, x, spans):
+    """One call of a net whose hooks note spans {key: [[start, end], ...]} -> {key: mean ms}."""
+    spans.clear()
+    net(x)
+    return {key: statistics.fmean(milliseconds(*span) for span in pairs) for key, pairs in spans.items()}
+
+
+def stamp(x):
+    """The time now: a CUDA event where x lives on a GPU, the wall clock elsewhere."""
+    if not x.is_cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def milliseconds(start, end):
+    """Between two stamps."""
+    if isinstance(start, float):
+        return (end - start) * 1e3
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def input_shapes(net, sites, shape):

@@ -583,14 +583,15 @@ class Profile(unittest.TestCase):
         self.assertEqual(len(p), 8)
         for row in sums["rows"][2:]:
             blocks_ms = [table["sites"][s][int(o)] for s, o in zip(self.sites, row["net"].split())]
-            self.assertAlmostEqual(row["predicted_ms"], table["rest_ms"] + sum(blocks_ms))
+            self.assertAlmostEqual(row["predicted_ms"], sums["drift"] * (table["rest_ms"] + sum(blocks_ms)))
+        self.assertAlmostEqual(sums["drift"], measured["base"] / table["base_ms"])
         agree = [np.sign(p[i] - p[j]) * np.sign(m[i] - m[j]) for i, j in itertools.combinations(range(8), 2)]
         self.assertAlmostEqual(sums["tau"], np.mean(agree))
         self.assertAlmostEqual(sums["mean_relative_error"], np.mean(np.abs(p / m - 1)))
         self.assertIn("Kendall's tau", hwdeblur.sums_text({"sums": sums})[0])
         measured, sums = hwdeblur.measure_nets(dataclasses.replace(config, target="paper"), table, entries, choices, "cpu", None)
         self.assertEqual(measured, {"base": None, "chosen": None})
-        self.assertEqual(sums, {"rows": [], "measured_on": None, "tau": None, "mean_relative_error": None})
+        self.assertEqual(sums, {"rows": [], "drift": 1.0, "measured_on": None, "tau": None, "mean_relative_error": None})
 
     def test_random_nets_are_the_configurations_they_are_named_after(self):
         table = {"sites": dict.fromkeys(self.sites)}
