@@ -208,6 +208,9 @@ def gp_fit(X, y, kernel="overlap", warped=False):
     site, its log a priori normal around the sites' mean with unit variance, so that few data are not
     over-read; y is standardised; a constant y is its own prediction. warped: y is in dB, and the power
     of its `warp` is fitted too. Always the same start: no state.
+    Tried on fifteen 7^8 landscapes (additive, pairwise, super-additive, small nets), share of the exact volume after
+    50 / 100: neither warp nor prior .919 / .969, warp .921 / .964, both .937 / .974. No gain from additive and
+    pairwise terms anchored at the base, clipped losses, a wider or narrower posterior, more mutation.
     """
     X, y = np.asarray(X, dtype=float), np.asarray(y, dtype=float)
     if not (np.isfinite(X).all() and np.isfinite(y).all()):
@@ -388,8 +391,8 @@ def knee(front, count):
 def landscape(rng, d=8, k=7):
     """A made problem, all k^d configurations enumerated -> (losses (k,)*d, penalties, one (k,) per site).
 
-    Faster options lose more; losses add up in the mean squared error, 10 log10(1 + sum_i e_i), and each
-    pair of sites i, j adds a tenth of sqrt(e_i e_j) times a random factor.
+    Loss 10 log10 max(1 + sum_i e_i + sum_{i<j} z_ij sqrt(e_i e_j), 0.5), e_i of each option lognormal(-2.5, 0.9),
+    0 for the base; z_ij of each two options normal(0, 0.3). Penalties: a site's share times 1 or uniform(0.2, 0.9).
     """
     penalty = [np.concatenate([[1.0], rng.uniform(0.2, 0.9, k - 1)]) * w for w in rng.dirichlet(np.ones(d))]
     error = [np.concatenate([[0.0], rng.lognormal(-2.5, 0.9, k - 1)]) for _ in range(d)]
