@@ -908,7 +908,7 @@ def random_nets(table, base, shape, count, rng):
 def whole_net_ms(target, entries, device, hub):
     """{name: (deployed net, shape)} -> {name: measured ms, None where the target measures no whole net}."""
     if target == "local":
-        times = profile_device.time_together(entries, device, rounds=8, warmup=1)
+        times = profile_device.time_together(entries, device, rounds=12, warmup=1)
         return {name: statistics.median(ms) for name, ms in times.items()}
     if target == "qai-hub":
         entries = {name: (net.cpu(), shape) for name, (net, shape) in entries.items()}
@@ -1095,7 +1095,7 @@ def report_text(config, art):
         "## Table 1: saliency per stage", markdown(
             ["stage", *stage, "mean rank"],
             [[s + (" (kept)" if s in kept else ""), *(f"{stage[m][s]:.3g}" for m in stage), f"{ranks[s]:.2f}"] for s in ranks]),
-        markdown(["published", *PAPER_TABLE_1["columns"]], [[s, *row] for s, row in PAPER_TABLE_1.items() if s != "columns"]),
+        markdown(["published", *PAPER_TABLE_1["columns"]], [[s, *(f"{v:g}" for v in row)] for s, row in PAPER_TABLE_1.items() if s != "columns"]),
         "Published: Enc3 is kept, with the best mean rank (1.33; the next is 3.83).",
         "## Table 2: latency of each option, ms", markdown(
             ["site", *(f"{i} {n}" for i, n in enumerate(names))],
