@@ -87,13 +87,17 @@ def mc_ehvi(mean, std, draws, boxes):
 
     mean, std (q, 2); draws (s, 2) standard normal, common to all candidates; boxes from free_boxes.
     """
-    def sides(axis):                                                   # of the boxes beyond y, (q, s, b)
-        y = mean[:, axis, None] + std[:, axis, None] * draws[:, axis]
-        y = y if std[:, axis].any() else y[:, :1]                      # known exactly: all draws agree
+    y = mean[:, None] + std[:, None] * draws                           # (q, s, 2)
+    return mean_improvement(y[..., 0], y[..., 1], boxes)
+
+
+def mean_improvement(losses, penalties, boxes):
+    """Hypervolume improvement, averaged over outcomes of both objectives, (q, s) or (q, 1) if known -> (q,)."""
+    def sides(y, axis):                                                # of the boxes beyond y, (q, s, b)
         sides = np.maximum(boxes[:, 0, axis], y[:, :, None])
         return np.maximum(np.subtract(boxes[:, 1, axis], sides, out=sides), 0, out=sides)
 
-    return (sides(0) * sides(1)).sum(-1).mean(-1)
+    return (sides(losses, 0) * sides(penalties, 1)).sum(-1).mean(-1)
 
 
 def exact_ehvi(mean, std, boxes):
@@ -130,19 +134,19 @@ class GP(NamedTuple):
 
 
 def distances(A, B, kernel):
-    """Per-site distances (d, a, b): [x != x'] for overlap, (x - x')^2 / 2 for rbf.
+    """Distances (a, b), site by site: [x != x'] for overlap, (x - x')^2 / 2 for rbf.
 
     The score is constant inside an interval of [0, 1], so a kernel on decoded options, exp of minus the
     weighted number of differing sites, knows what one on coordinates must learn.
     """
-    A, B = np.asarray(A).T[:, :, None], np.asarray(B).T[:, None, :]
-    return (A != B).astype(float) if kernel == "overlap" else (A - B) ** 2 / 2
+    pairs = zip(np.asarray(A).T[:, :, None], np.asarray(B).T[:, None, :])
+    return ((a != b).astype(float) if kernel == "overlap" else (a - b) ** 2 / 2 for a, b in pairs)
 
 
 def log_evidence(log_params, D, y):
     """Log marginal likelihood R&W (2.30) and its gradient (5.9) at log (rates, signal, noise).
 
-    D (d, n, n) from `distances`, y (n,) standardised. Returns value, gradient (d+2,), factor, alpha.
+    D (d, n, n): all `distances`; y (n,) standardised. Returns value, gradient (d+2,), factor, alpha.
     """
     *rates, signal, noise = np.exp(log_params)
     S = signal * np.exp(-np.tensordot(rates, D, 1))                    # (n, n)
@@ -158,11 +162,11 @@ def log_evidence(log_params, D, y):
 
 
 def stable_cholesky(K, jitter=0.0):
-    """Lower Cholesky factor of K, with the least jitter (from 1e-10, times 10) that makes it succeed."""
+    """Lower Cholesky factor of K, with the least jitter (1e-10 of the mean variance, times 10) that makes it succeed."""
     try:
         return cholesky(K + jitter * np.eye(len(K)), lower=True)
     except LinAlgError:
-        if jitter > np.trace(K):
+        if jitter >= np.trace(K):
             raise
         return stable_cholesky(K, max(10 * jitter, 1e-10 * np.trace(K) / len(K)))
 
@@ -217,7 +221,7 @@ def gp_fit(X, y, kernel="overlap", warped=False):
         raise ValueError("gp_fit: X and y must be finite")
     if kernel not in ("overlap", "rbf"):
         raise ValueError(f"gp_fit: kernel {kernel!r} is neither 'overlap' nor 'rbf'")
-    D, d = distances(X, X, kernel), X.shape[1]
+    D, d = np.stack(list(distances(X, X, kernel))), X.shape[1]
     start, top = (0.3, 5.0) if kernel == "overlap" else (5.0, 1e3)
     most = min(1.0, 20 / max(np.abs(y / UNIT).max(), 1e-9)) if warped else 0.0       # r^power stays finite
 
@@ -235,16 +239,12 @@ def gp_fit(X, y, kernel="overlap", warped=False):
 
 
 def gp_predict(gp, X):
-    """Posterior mean and standard deviation (q,) of the noiseless objective, R&W (2.25), (2.26).
-
-    Of a warped process: the median, and half the width between one standard deviation up and down.
-    """
-    K = gp.signal * np.exp(-np.tensordot(gp.rates, distances(X, gp.X, gp.kernel), 1))   # (q, n)
+    """Posterior mean and standard deviation (q,) of the noiseless warp(y, gp.power), R&W (2.25), (2.26)."""
+    exponent = sum(rate * D for rate, D in zip(gp.rates, distances(X, gp.X, gp.kernel)))
+    K = gp.signal * np.exp(-exponent)                                  # (q, n)
     v = solve_triangular(gp.chol, K.T, lower=True)                     # (n, q)
-    mean = gp.offset + gp.scale * K @ gp.alpha
-    std = gp.scale * np.sqrt(np.maximum(gp.signal - (v ** 2).sum(0), 0))
-    low, middle, high = (unwarp(g, gp.power) for g in (mean - std, mean, mean + std))
-    return middle, (high - low) / 2
+    variance = np.maximum(gp.signal - (v ** 2).sum(0), 0)
+    return gp.offset + gp.scale * K @ gp.alpha, gp.scale * np.sqrt(variance)
 
 
 # ---------------------------------------------------------------------------------- the search
@@ -260,27 +260,38 @@ def search(score, penalty, n_evaluations, rng, ref=None, history=(), kernel="ove
     kernel="rbf" is the paper's plain form: GPs on the relaxed vector for both objectives.
     """
     penalty = [np.asarray(p, dtype=float) for p in penalty]
-    if not all(np.isfinite(p).any() for p in penalty) or any(np.isnan(p).any() for p in penalty):
-        raise ValueError("search: every site needs an option of finite penalty, and no penalty may be NaN")
-    seed, history = int(rng.integers(2 ** 63)), list(history)
+    if not penalty or not all(np.isfinite(p).any() and (p > -np.inf).all() for p in penalty):
+        raise ValueError("search: every site needs an option of finite penalty, and none may be NaN or -inf")
+    if batch < 1 or kernel not in ("overlap", "rbf"):
+        raise ValueError(f"search: batch {batch} must be at least 1, kernel {kernel!r} 'overlap' or 'rbf'")
+    seed, history = int(rng.integers(2 ** 63)), [evaluated(*e[:2], penalty) for e in history]
     design = initial_design(penalty, seed)
     while len(history) < n_evaluations:
         n, seen = len(history), {e.options for e in history}
         if n < len(design):
             proposals = [o for o in design if o not in seen][:len(design) - n]
         else:
-            begun = (n - len(design)) % batch                          # of a batch that was cut off
+            begun = (n - len(design)) % batch                          # of a batch that was cut off, if it is one
             proposals = propose(history[:n - begun], penalty, seed, ref, kernel, batch)
-            proposals = [o for o in proposals if o not in seen] or propose(history, penalty, seed, ref, kernel, 1)
+            if [e.options for e in history[n - begun:]] != proposals[:begun]:
+                begun, proposals = 0, propose(history, penalty, seed, ref, kernel, batch)
+            proposals = proposals[begun:]
         if not proposals:
             warnings.warn(f"search: the space is exhausted, all {n} configurations are scored", stacklevel=2)
             break
         proposals = proposals[:n_evaluations - n]
         for options, loss_db in zip(proposals, map(score, proposals)):
-            if not np.isfinite(loss_db):
-                raise ValueError(f"search: the score of configuration {options} is {loss_db}, not finite")
-            history.append(Evaluation(options, float(loss_db), total_penalty(penalty, options)))
+            history.append(evaluated(options, loss_db, penalty))
     return history
+
+
+def evaluated(options, loss_db, penalty):
+    """An Evaluation whose numbers are finite, else ValueError."""
+    options = tuple(map(int, options))
+    found = Evaluation(options, float(loss_db), total_penalty(penalty, options))
+    if not np.isfinite(found[1:]).all():
+        raise ValueError(f"search: configuration {options} has score {loss_db}, penalty {found.penalty}: not finite")
+    return found
 
 
 def total_penalty(penalty, options):
@@ -303,7 +314,7 @@ def initial_design(penalty, seed):
 
 
 def propose(history, penalty, seed, ref=None, kernel="overlap", batch=1):
-    """The next `batch` configurations, greedily: each supposes that those before score their posterior mean.
+    """The next `batch` configurations, greedily: each supposes that those before score their posterior median.
 
     (The "kriging believer" of Ginsbourger et al. 2010.) Fewer when the space ends.
     """
@@ -317,7 +328,7 @@ def propose(history, penalty, seed, ref=None, kernel="overlap", batch=1):
 
 
 def best_candidate(history, penalty, seed, ref, kernel):
-    """The candidate of largest EHVI, with its posterior mean for a score; None when all are scored.
+    """The candidate of largest EHVI, with its posterior median for a score; None when all are scored.
 
     When EHVI is nil for every candidate, the one the GP knows least about.
     """
@@ -327,20 +338,22 @@ def best_candidate(history, penalty, seed, ref, kernel):
     pool = candidates(front, available(penalty), {e.options for e in history}, rng)
     if not pool:
         return None
-    mean, std = predict(history, pool, penalty, kernel)
     draws = norm.ppf(qmc.Sobol(2, seed=rng).random(DRAWS).clip(1e-9, 1 - 1e-9))
-    ref = default_ref(history, penalty) if ref is None else ref
-    gain = mc_ehvi(mean, std, draws, free_boxes(Y, ref))
-    best = int(gain.argmax() if gain.max() > 0 else std[:, 0].argmax())
-    return Evaluation(pool[best], float(mean[best, 0]), total_penalty(penalty, pool[best]))
+    losses, penalties, std = outcomes(history, pool, penalty, kernel, draws)
+    boxes = free_boxes(Y, default_ref(history, penalty) if ref is None else ref)
+    parts = [slice(i, i + 1000) for i in range(0, len(pool), 1000)]    # bounds the memory
+    gain = np.concatenate([mean_improvement(losses[part], penalties[part], boxes) for part in parts])
+    best = int(gain.argmax() if gain.max() > 0 else std.argmax())
+    return Evaluation(pool[best], float(np.median(losses[best])), total_penalty(penalty, pool[best]))
 
 
 def default_ref(history, penalty):
-    """1.1 x the worst of base and all-fastest in each objective (a tenth beyond it, if not positive)."""
-    ends = [(0,) * len(penalty), tuple(int(p.argmin()) for p in penalty)]
-    rows = [e for e in history if e.options in ends] or history
-    Y = np.array([(e.loss_db, e.penalty) for e in rows])
-    return Y.max(0) + 0.1 * np.maximum(np.abs(Y).max(0), 1e-6)
+    """A tenth beyond the worst of base and all-fastest (of all, where one is missing) in each objective."""
+    ends = [tuple(int(o[0]) for o in available(penalty)), tuple(int(p.argmin()) for p in penalty)]
+    rows = [e for e in history if e.options in ends]
+    Y = np.array([(e.loss_db, e.penalty) for e in (rows if len(rows) >= len(set(ends)) else history)])
+    worst, spread = Y.max(0), np.ptp(Y, axis=0)
+    return worst + 0.1 * np.where(worst != 0, np.abs(worst), np.where(spread > 0, spread, 1))
 
 
 def candidates(front, options, seen, rng):
@@ -360,18 +373,23 @@ def candidates(front, options, seen, rng):
     return pool or [c for c in product(*(map(int, o) for o in options)) if c not in seen]
 
 
-def predict(history, pool, penalty, kernel):
-    """Posterior mean and std (q, 2) of both objectives; objective 2 is exact unless kernel is "rbf"."""
+def outcomes(history, pool, penalty, kernel, draws):
+    """Both objectives of the pool under common draws (s, 2) -> losses (q, s), penalties, the loss GP's std (q,).
+
+    Penalties are exact, (q, 1), unless kernel is "rbf". Losses are drawn where the GP is normal and then unwarped:
+    in dB a wide posterior is so lopsided that its standard deviation would promise losses far below 0.
+    """
     n_options = [len(p) for p in penalty]
     X, Q = np.array([e.options for e in history]), np.array(pool)
     if kernel == "rbf":
         X, Q = encode(X, n_options), encode(Q, n_options)
-    loss = gp_predict(gp_fit(X, [e.loss_db for e in history], kernel, warped=kernel == "overlap"), Q)
+    gp = gp_fit(X, [e.loss_db for e in history], kernel, warped=kernel == "overlap")
+    mean, std = gp_predict(gp, Q)
+    losses = unwarp(mean[:, None] + std[:, None] * draws[:, 0], gp.power)
     if kernel == "rbf":
-        cost = gp_predict(gp_fit(X, [e.penalty for e in history], kernel), Q)
-    else:
-        cost = np.array([total_penalty(penalty, o) for o in pool]), np.zeros(len(pool))
-    return np.stack([loss[0], cost[0]], 1), np.stack([loss[1], cost[1]], 1)
+        cost, width = gp_predict(gp_fit(X, [e.penalty for e in history], kernel), Q)
+        return losses, cost[:, None] + width[:, None] * draws[:, 1], std
+    return losses, np.array([[total_penalty(penalty, o)] for o in pool]), std
 
 
 def knee(front, count):

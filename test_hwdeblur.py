@@ -419,7 +419,7 @@ class Search(unittest.TestCase):
 
     def test_gradient_by_finite_differences(self):
         X, y, p, h = self.rng.integers(0, 4, (10, 3)), self.rng.standard_normal(10), np.log([.3, .6, 1.1, .9, .05]), 1e-6
-        D = search.distances(X, X, "overlap")
+        D = np.stack(list(search.distances(X, X, "overlap")))
         numeric = [(search.log_evidence(p + h * e, D, y)[0] - search.log_evidence(p - h * e, D, y)[0]) / (2 * h)
                    for e in np.eye(5)]
         np.testing.assert_allclose(search.log_evidence(p, D, y)[1], numeric, rtol=1e-5, atol=1e-6)
@@ -436,7 +436,7 @@ class Search(unittest.TestCase):
 
     def test_warped_evidence_is_a_density_and_has_its_gradient(self):
         X, y = self.rng.integers(0, 4, (10, 3)), self.rng.uniform(0, 6, 10)
-        p, h, D = np.array([*np.log([.3, .6, 1.1, .9, .05]), 0.6]), 1e-6, search.distances(X, X, "overlap")
+        p, h, D = np.array([*np.log([.3, .6, 1.1, .9, .05]), 0.6]), 1e-6, np.stack(list(search.distances(X, X, "overlap")))
         numeric = [(search.warped_evidence(p + h * e, D, y)[0] - search.warped_evidence(p - h * e, D, y)[0]) / (2 * h)
                    for e in np.eye(6)]
         np.testing.assert_allclose(search.warped_evidence(p, D, y)[1], numeric, rtol=1e-5, atol=1e-6)
@@ -454,8 +454,9 @@ class Search(unittest.TestCase):
         self.assertGreater(search.gp_fit(X, y, warped=True).power, 0.5)
         self.assertLess(search.gp_fit(X, stacked, warped=True).power, 0)
         for unit in (1e-6, 1e4):                                        # whatever the unit, nothing overflows
-            mean, std = search.gp_predict(search.gp_fit(X, unit * stacked, warped=True), X)
-            self.assertGreater(np.corrcoef(mean, stacked)[0, 1], 0.98)
+            gp = search.gp_fit(X, unit * stacked, warped=True)
+            mean, std = search.gp_predict(gp, X)
+            self.assertGreater(np.corrcoef(search.unwarp(mean, gp.power), stacked)[0, 1], 0.98)
             self.assertTrue(np.isfinite(std).all())
 
     def test_gp_takes_constants_repeats_and_single_points(self):
