@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -98,7 +99,7 @@ def check(config):
     """Refuse, by name, values that no stage can use."""
     if config.seed >= 2 ** 32:
         raise InputError(f"--seed {config.seed} must be below 2^32")
-    if config.made_size < 11 or config.crop < 1:
+    if config.made_size < 11:
         raise InputError(f"--made-size {config.made_size} must be at least 11")
     free = ("seed", "workers", "few", "base_steps", "distill_steps", "finetune_steps")
     for field in dataclasses.fields(config):
@@ -289,7 +290,7 @@ def pairs_below(root):
     if root.is_file():
         return listed_pairs(root)
     pairs, layouts = [], [tuple(name.lower() for name in names) for names in FOLDERS]
-    for folder, inner, _ in os.walk(root):
+    for folder, inner, _ in os.walk(root, followlinks=True):
         inner[:] = [name for name in inner if not name.startswith(".")]
         here = {name.lower(): Path(folder) / name for name in inner}
         whole = [names for names in layouts if here.keys() >= set(names)]
@@ -330,6 +331,8 @@ def named_pairs(config):
         if not path.exists():
             raise InputError(f"--test {name}={path}: there is no such folder or list")
         root = split_root(path, "test") if path.is_dir() else path
+        if root is None and split_root(path, "train"):
+            raise InputError(f"--test {name}={path} has a train split but no test split: give the folder or list to score")
         sets[name] = sized_pairs(pairs_below(root or path), 11, "scored")
     return sets
 
@@ -338,7 +341,7 @@ def match_names(sharp, blur):
     """Pairs of two folders by file name without extension (and without RealBlur's folder prefix)."""
     def by_name(folder):
         files = images_in(folder)
-        names = {f.stem.removeprefix(folder.name + "_"): f for f in files}
+        names = {re.sub(f"^{re.escape(folder.name)}_", "", f.stem, flags=re.IGNORECASE): f for f in files}
         if len(names) < len(files):
             twice = next(f for f in files if f not in names.values())
             raise InputError(f"{twice} has the name of another image there but for its extension: remove one")
@@ -383,7 +386,8 @@ def sized_pairs(pairs, smallest, use):
         sizes = []
         for path in (sharp, blur):
             with open_photo(path) as image:
-                sizes.append(image.size)
+                turned = image.getexif().get(0x0112, 1) > 4            # EXIF orientation: on its side
+                sizes.append(image.size[::-1] if turned else image.size)
         if sizes[0] != sizes[1]:
             raise InputError("{} is {}x{} but {} is {}x{}: pairs must be of one size".format(blur, *sizes[1], sharp, *sizes[0]))
         if min(sizes[0]) < smallest:
@@ -438,9 +442,10 @@ def training_pairs(config):
     own = split_pairs(config, "train")
     if not config.data or config.from_ or len(own) >= config.few:
         return own
-    made = made_pairs(config.seed, "train", min(config.few, config.made_train), max(config.made_size, config.crop))
+    count = min(max(1, config.few // len(own)) * len(own), config.made_train)
+    made = made_pairs(config.seed, "train", count, max(config.made_size, config.crop))
     say(f"{len(own)} training pairs are few (--few {config.few}): {len(made)} made ones take half of all crops")
-    mixed = own * max(1, len(made) // len(own)) + made
+    mixed = own * max(1, round(len(made) / len(own))) + made
     return [mixed[i] for i in np.random.default_rng([config.seed, 5]).permutation(len(mixed))]
 
 
@@ -713,7 +718,7 @@ def stage_base(config, pairs, art, device):
         batch_at = crops(pairs("train"), config.seed, config.crop, config.batch, device, config.workers)
         net = train(net, batch_at, config.base_steps, config.base_lr, "base", config.amp)
     score = evaluate(net, pairs("val"), device)
-    if not finite(net) or math.isnan(score["psnr_db"]):
+    if not finite(net) or not math.isfinite(score["psnr_db"]):
         raise InputError(f"base: the net is not finite (validation {score['psnr_db']} dB): lower --base-lr or check --weights")
     params = {k: v.cpu() for k, v in net.state_dict().items()}
     return {"params": params, "arch": arch_of(params), "val": score}
@@ -797,8 +802,8 @@ def stage_search(config, pairs, art, device):
         say(str(warning.message))
     Y = np.array([(e.loss_db, e.penalty) for e in found])
     front = front_of(Y)
-    swapped = [i for i in front if any(found[i].options)] or front            # the base is no candidate
-    knee = [swapped[i] for i in search.knee(Y[swapped], config.candidates)]
+    ranked = [front[i] for i in search.knee(Y[front], len(front))]
+    knee = [i for i in ranked if any(found[i].options)][:config.candidates] or ranked[:1]     # the base is no candidate
     rows = [{"options": list(map(int, e.options)), "loss_db": e.loss_db, "penalty": e.penalty,
              "latency_ms": profile_device.network_ms(table, choice_of(sites, e.options))} for e in found]
     return {"sites": sites, "evaluations": rows, "front": front, "knee": knee, "base_val_db": base_db,
@@ -923,14 +928,15 @@ def do_the_sums_hold(table, choices, measured, where, drift=1.0):
     """Predicted against measured ms of the nets that were measured, on `where`.
 
     drift: how much slower the machine runs than when the table was made; predictions are multiplied by it.
-    {rows, drift, tau: Kendall's (None below three nets), mean_relative_error (None without a measurement), measured_on}.
+    {rows, drift, tau: Kendall's (None below three nets), mean_relative_error (None without a measurement), measured_on};
+    the base net, on which the table's sum is right by construction, has a row but no part in tau and error.
     """
     rows = [{"net": name, "predicted_ms": drift * profile_device.network_ms(table, choice), "measured_ms": measured[name]}
             for name, choice in choices.items() if measured[name] is not None]
-    predicted, got = ([row[key] for row in rows] for key in ("predicted_ms", "measured_ms"))
+    pairs = [(row["predicted_ms"], row["measured_ms"]) for row in rows if row["net"] != "base"]
     return {"rows": rows, "drift": drift, "measured_on": where if rows else None,
-            "tau": float(kendalltau(predicted, got).statistic) if len(rows) > 2 else None,
-            "mean_relative_error": statistics.fmean(abs(p / g - 1) for p, g in zip(predicted, got)) if rows else None}
+            "tau": float(kendalltau(*zip(*pairs)).statistic) if len(pairs) > 2 else None,
+            "mean_relative_error": statistics.fmean(abs(p / m - 1) for p, m in pairs) if pairs else None}
 
 
 def stage_evaluate(config, pairs, art, device):
@@ -1142,7 +1148,9 @@ def sums_text(metrics):
     tau = "" if sums["tau"] is None else f"Kendall's tau {sums['tau']:.2f}, "
     drift = "" if sums["drift"] == 1 else (f" The base net took {sums['drift']:.2f} times what it took when its blocks were "
                                            "profiled, in this machine's drift; predictions here are scaled by that.")
-    return [f"{len(sums['rows'])} nets: {tau}mean relative error {sums['mean_relative_error']:.1%}.{drift}",
+    error = sums["mean_relative_error"]
+    error = "the base net alone was measured" if error is None else f"mean relative error {error:.1%}"
+    return [f"{len(sums['rows'])} nets, of which the base is right by construction and does not count: {tau}{error}.{drift}",
             measured_on(sums["measured_on"]),
             markdown(["net", "predicted ms", "measured ms", "error"],
                      [[row["net"], f"{row['predicted_ms']:.1f}", f"{row['measured_ms']:.1f}",
@@ -1603,7 +1611,8 @@ def run_export(out, frame=None):
 
 def measured_card(out, tuned, frame):
     """PSNR, and latency at `frame`, of the tuned net as stage evaluate found them; None where it did not."""
-    path, blank = Path(out) / STAGES["evaluate"].artefact, {"psnr_db": None, "latency_ms": None, "latency_on": None}
+    path = Path(out) / STAGES["evaluate"].artefact
+    blank = {"psnr_db": None, "protocol": None, "latency_ms": None, "latency_on": None}
     if not path.exists():
         say(f"export: no {path}, so the card holds no PSNR and latency: run --stage evaluate first")
         return blank
@@ -1612,7 +1621,7 @@ def measured_card(out, tuned, frame):
         say(f"export: {path} is of another run, so the card holds no PSNR and latency: delete it, run --stage evaluate")
         return blank
     timed = frame == metrics["config"].get("frame") and metrics["chosen"]["latency_ms"] is not None
-    return {"psnr_db": metrics["chosen"]["psnr_db"], "latency_ms": metrics["chosen"]["latency_ms"] if timed else None,
+    return {"psnr_db": metrics["chosen"]["psnr_db"], "protocol": metrics.get("protocol"), "latency_ms": metrics["chosen"]["latency_ms"] if timed else None,
             "latency_on": metrics["sums"]["measured_on"] if timed else None}
 
 
