@@ -688,7 +688,7 @@ def train(net, batch_at, steps, lr, label="training", amp=False, part=None):
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.9), weight_decay=1e-3)
     found, keep = resumed(part), keeper(part)
     begun = kept = restored(net, optimizer, found, part) if found else 0
-    model = DistributedDataParallel(net, broadcast_buffers=False) if world() > 1 else net
+    model = DistributedDataParallel(net) if world() > 1 else net
     tick, step, value = progress(label, steps, begun), begun, None
     for step in range(begun, steps):
         optimizer.param_groups[0]["lr"] = 1e-7 + (lr - 1e-7) * (1 + math.cos(math.pi * step / steps)) / 2
