@@ -768,7 +768,7 @@ def read_part(part):
 def keeper(part):
     """A function (make, now) that saves make() in the part's file when it is time -> whether it was.
 
-    Every part.every_s seconds, and sooner where that takes no more than a fiftieth of the time. Rank 0's
+    Every part.every_s seconds, and sooner where that takes no more than a twentieth of the time. Rank 0's
     clock decides; make() is called on every rank.
     """
     last, wait = time.monotonic(), 0.0
@@ -781,7 +781,7 @@ def keeper(part):
         state = make()
         first(lambda: save_artefact(part.path, described(part.config, part.stage, {"inputs": part.inputs, "state": state})))
         last = time.monotonic()
-        wait = min(part.every_s, 50 * (last - started))
+        wait = min(part.every_s, 20 * (last - started))
         return True
 
     return keep
@@ -1909,12 +1909,15 @@ def measured_card(out, tuned, frame):
         say(f"export: no {path}, so the card holds no PSNR and latency: run --stage evaluate first")
         return blank
     metrics = load_json(path, "delete it and run --stage evaluate")
-    if not isinstance(metrics, dict) or not tuned["config"].items() <= metrics.get("config", {}).items():
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("config"), dict) or not (
+            tuned["config"].items() <= metrics["config"].items()):
         say(f"export: {path} is of another run, so the card holds no PSNR and latency: delete it, run --stage evaluate")
         return blank
-    timed = frame == metrics["config"].get("frame") and metrics["chosen"]["latency_ms"] is not None
-    return {"psnr_db": metrics["chosen"]["psnr_db"], "latency_ms": metrics["chosen"]["latency_ms"] if timed else None,
-            "latency_on": metrics["sums"]["measured_on"] if timed else None}
+    return unless_altered(lambda: {
+        "psnr_db": metrics["chosen"]["psnr_db"],
+        **({"latency_ms": metrics["chosen"]["latency_ms"], "latency_on": metrics["sums"]["measured_on"]}
+           if frame == metrics["config"].get("frame") and metrics["chosen"]["latency_ms"] is not None
+           else {"latency_ms": None, "latency_on": None})}, {"evaluate": metrics})
 
 
 class Parser(argparse.ArgumentParser):

@@ -1456,7 +1456,8 @@ class Whole(unittest.TestCase):
                 status, _, said = self.command("--stage", stage, "--target", "paper", *self.TINY, out=out)
                 statuses.add(status)
                 self.assertLessEqual(status * said.count("hwdeblur: "), 2, said)
-            self.assertEqual(statuses, {0, 2})
+            self.assertIn(2, statuses)
+            self.assertLessEqual(statuses, {0, 2})
 
     def test_real_folders_of_different_sizes(self):
         root = Path(self.folder.name) / "data"
