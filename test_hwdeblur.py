@@ -1341,7 +1341,7 @@ class Whole(unittest.TestCase):
         out, rng, replace, cuts = self.copied("cut"), np.random.default_rng(1), Path.replace, 0
         (out / ".base.part.1234").write_bytes(b"half")
         for _ in range(40):
-            left, before = int(rng.integers(1, 16)), bool(rng.integers(2))
+            left, before = int(rng.integers(1, 20)), bool(rng.integers(2))
 
             def replace_or_stop(path, target):
                 nonlocal left
@@ -1370,7 +1370,7 @@ class Whole(unittest.TestCase):
                 raise SystemExit
             return evaluate(net, *args, **kwargs)
 
-        for stop in (15, 25, 27, 999):
+        for stop in (15, 25, 29, 999):
             with mock.patch.object(hwdeblur, "evaluate", evaluate_or_stop), contextlib.suppress(SystemExit):
                 self.command("--stage", "search", "--target", "paper", *self.TINY, out=out)
         self.assertEqual((out / "search.json").read_bytes(), (self.out / "search.json").read_bytes())
@@ -1388,7 +1388,7 @@ class Whole(unittest.TestCase):
             return surrogates, losses
 
         with mock.patch.object(blocks, "distill", distill_badly):
-            status, _, said = self.command("--stage", "all", "--target", "paper", *self.TINY, out=out)
+            status, _, said = self.command("--stage", "all", "--target", "paper", *self.TINY, "--candidates", 1, out=out)
         self.assertEqual(status, 0, said)
         self.assertIn("option 3 at mid.0 diverged and is left out", said)
         self.assertIn("diverged: option 5 at enc0.0, 3 at mid.0.", (out / "report.md").read_text())
@@ -1401,7 +1401,8 @@ class Whole(unittest.TestCase):
         """All stages; distillation from the same base, bit for bit; an error of rank 1 alone, told once."""
         whole, shared = self.copied("ranks"), self.copied("shared", "base.pt", "saliency.json", "profile.json")
         common = ["--target", "paper", *self.TINY, "--threads", str(torch.get_num_threads()), "--out"]
-        lines = [["--stage", "all", *common, str(whole)], ["--stage", "distill", *common, str(shared)],
+        few = ["--evaluations", "7", "--candidates", "1", "--stage", "all"]
+        lines = [[*common, str(whole), *few], ["--stage", "distill", *common, str(shared)],
                  ["--stage", "base", *common, str(Path(self.folder.name, "failed"))]]
         code = f"""if True:
             import os, hwdeblur
@@ -1418,6 +1419,7 @@ class Whole(unittest.TestCase):
         self.assertEqual(other, ("status 0\nstatus 0\nstatus 2\n", ""))
         self.assertEqual([line for line in printed.splitlines() if "status" in line], ["status 0", "status 0", "status 2"], said)
         self.assertEqual(said.splitlines()[-1], "hwdeblur: a broken image")
+        self.assertEqual(len(json.loads((whole / "search.json").read_text())["evaluations"]), 7)
         self.assertTrue((whole / "report.md").exists())
         self.assertEqual((shared / "surrogates.pt").read_bytes(), (self.out / "surrogates.pt").read_bytes())
         one, two = (torch.load(out / "base.pt", weights_only=True)["params"] for out in (self.out, whole))
