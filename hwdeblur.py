@@ -750,7 +750,7 @@ class Part(NamedTuple):
 
 
 def resumed(part):
-    """The state that an unfinished stage left, on every rank; None where there is none from the same inputs."""
+    """What an unfinished stage left, on every rank; None where there is nothing from the same inputs."""
     return first(lambda: read_part(part)) if part else None
 
 
@@ -762,7 +762,7 @@ def read_part(part):
     if found.get("inputs") != part.inputs:
         say(f"{part.stage}: {part.path} belongs to other artefacts and counts for nothing")
         return None
-    return found["state"]
+    return found
 
 
 def keeper(part):
@@ -779,7 +779,7 @@ def keeper(part):
         if not part or not first(lambda: now or started - last >= wait):
             return False
         state = make()
-        first(lambda: save_artefact(part.path, described(part.config, part.stage, {"inputs": part.inputs, "state": state})))
+        first(lambda: save_artefact(part.path, described(part.config, part.stage, {"inputs": part.inputs, **state})))
         last = time.monotonic()
         wait = min(part.every_s, 20 * (last - started))
         return True
@@ -982,7 +982,8 @@ def penalties(table, sites, diverged=()):
 def stage_search(config, pairs, art, device):
     """Section II-C: Bayesian search over all configurations, scored by plug-and-play forward passes."""
     net, sites, table, part = base_net(art, device), art["saliency"]["sites"], art["profile"], art.get("part")
-    surrogates, penalty = restored_surrogates(art, net, config.seed), penalties(table, sites, art["distill"].get("diverged", []))
+    surrogates = restored_surrogates(art, net, config.seed)
+    penalty = penalties(table, sites, art["distill"].get("diverged", []))
     val = [load_pair(p) for p in pairs("val")]
     base_db = evaluate(net, val, device, with_ssim=False)["psnr_db"]
 
@@ -991,7 +992,8 @@ def stage_search(config, pairs, art, device):
         db = evaluate(candidate, val, device, with_ssim=False)["psnr_db"]
         return base_db - (db if math.isfinite(db) else 0.0)            # an output that is not finite: 0 dB
 
-    known = {tuple(options): loss_db for options, loss_db in resumed(part) or ()}
+    found = resumed(part) or {"scored": []}
+    known = {tuple(options): loss_db for options, loss_db in found["scored"]}
     history = [search.Evaluation(options, loss_db, search.total_penalty(penalty, options))
                for options, loss_db in list(known.items())[:config.evaluations]]
     if known:
@@ -1023,7 +1025,7 @@ def scored_once(score, known, show, keep, proposals):
         losses = gather(agreed(lambda: score(chunk[rank()]) if rank() < len(chunk) else None))
         known.update(zip(chunk, losses))
         show(known)
-        keep(lambda: [[list(map(int, options)), loss_db] for options, loss_db in known.items()], now=True)
+        keep(lambda: {"scored": [[list(map(int, options)), loss_db] for options, loss_db in known.items()]}, now=True)
     return [known[options] for options in proposals]
 
 
@@ -1607,7 +1609,8 @@ STAGES = {
     "finetune": Stage(stage_finetune, "finetuned.pt", ("base", "distill", "search"),
                       ("from_", "finetune_steps", "finetune_lr", "pick", "amp")),
     "evaluate": Stage(stage_evaluate, "metrics.json", ("base", "profile", "finetune"), ("test", "tlc")),
-    "report": Stage(stage_report, "report.md", ("base", "saliency", "profile", "distill", "search", "finetune", "evaluate"), ()),
+    "report": Stage(stage_report, "report.md",
+                    ("base", "saliency", "profile", "distill", "search", "finetune", "evaluate"), ()),
 }
 SHARED = ("base", "distill", "search", "finetune")      # the stages that all ranks work on; rank 0 does the others
 ADAPT = Stage(stage_adapt, "finetuned.pt", (), DATA + ("from_", "test", "tlc", "crop", "batch", "frame",
@@ -1663,7 +1666,7 @@ def write_file(path, content):
 
 
 def load_torch(path, remedy):
-    """Tensors and plain values from a file, never code; InputError if it is not such a file, or not as it was written."""
+    """Tensors and plain values from a file, never code; InputError if it is not such a file or is damaged."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -1833,8 +1836,10 @@ def conclude(config, last, out):
     """Print what was gained, where everything is, and what to try next."""
     if last in ("evaluate", "report"):
         metrics = earlier(out, "evaluate", config, "report")
-        parts = unless_altered(lambda: [gain_table(metrics), gain_words(metrics), *test_tables(
-            metrics["tests"], {n: metrics[n]["gmacs"] for n in ("base", "chosen")}, config.frame)], {"evaluate": metrics})
+        parts = unless_altered(lambda: [
+            gain_table(metrics), gain_words(metrics),
+            *test_tables(metrics["tests"], {n: metrics[n]["gmacs"] for n in ("base", "chosen")}, config.frame)],
+            {"evaluate": metrics})
     elif last == "finetune" and config.from_:
         text = adapted_text(config, earlier(out, "finetune", config, "finetune"))
         write_file(out / "report.md", text.encode())
