@@ -159,18 +159,28 @@ def gather(value):
     return values
 
 
+class Told(InputError):
+    """An error that every rank raises, whichever met it."""
+
+
 def agreed(call):
-    """call() on every rank; where it fails on one, all raise the first one's line, so that none waits for ever."""
+    """call() on every rank; where it fails on one, all raise the first one's line, so that none waits for ever.
+
+    Calls nest: a rank that fails between two inner ones is in the outer one's `gather` when the others come to
+    the next inner one's, and what they learn there they raise as it is.
+    """
     value, line = None, None
     try:
         value = call()
+    except Told:
+        raise
     except (InputError, profile_device.HubError, OSError) as error:
         if world() == 1:
             raise
         line = one_line(error)
     lines = [line for line in gather(line) if line]
     if lines:
-        raise InputError(lines[0])
+        raise Told(lines[0])
     return value
 
 
@@ -1827,8 +1837,8 @@ def discard(path):
 
 def clean(out):
     """Remove what a run that was killed while it wrote a file left of it."""
-    for path in out.glob(".*"):
-        if re.fullmatch(r"\.[\w.]+\.(pt|json|md|png|part|pt2)\.\d+", path.name):
+    for path in out.iterdir() if out.exists() else ():
+        if re.fullmatch(r"(\.[\w.]+\.(pt|pt2|json|md|png|part)|profile_jobs\.json)\.\d+", path.name):
             path.unlink(missing_ok=True)
 
 

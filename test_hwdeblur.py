@@ -1403,14 +1403,14 @@ class Whole(unittest.TestCase):
         common = ["--target", "paper", *self.TINY, "--threads", str(torch.get_num_threads()), "--out"]
         few = ["--evaluations", "7", "--candidates", "1", "--stage", "all"]
         lines = [[*common, str(whole), *few], ["--stage", "distill", *common, str(shared)],
-                 ["--stage", "base", *common, str(Path(self.folder.name, "failed"))]]
+                 ["--stage", "search", *common, str(shared)]]
         code = f"""if True:
             import os, hwdeblur
             def fail(pair):
                 raise hwdeblur.InputError('a broken image')
             for port, line in zip({free_ports(3)}, {lines}):
                 os.environ['MASTER_PORT'] = str(port)
-                if 'base' in line and hwdeblur.rank() == 1:
+                if 'search' in line and hwdeblur.rank() == 1:
                     hwdeblur.load_pair = fail
                 print('status', hwdeblur.main(line))"""
         ranks = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
