@@ -201,7 +201,7 @@ def joined(device):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield device
         return
-    on_gpu = torch.device(device).type == "cuda"
+    on_gpu = device.startswith("cuda")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
