@@ -4,7 +4,8 @@
                            \\--> profile -> latency table --+--> search -> front -> knee -> finetune -> ...
 
 Images are float32 RGB in [0, 1], (B, 3, H, W) or (3, H, W); stored pairs are uint8 (3, H, W). A stage is
-a function of (config, pairs, earlier artefacts) to one artefact; only `run` and `main` touch the disk.
+a function of (config, pairs, earlier artefacts) to one artefact; only `run`, `main` and what an unfinished
+stage keeps touch the disk.
 """
 import argparse
 import contextlib
@@ -946,9 +947,9 @@ def stage_distill(config, pairs, art, device):
         base_net(art, device), sites, lambda step: tick(step + 1) or agreed(lambda: batch_at(step)),
         config.distill_steps, config.distill_lr, config.seed, students[rank()::world()] or students[:1], config.amp,
         found, lambda make: keep(lambda: joint(make)))
-    mine = {(site, k): (s.state_dict(), losses[site][k]) for site, row in surrogates.items() for k, s in row.items()}
-    everything = merged(gather({pair: ({name: p.cpu() for name, p in state.items()}, curve)
-                                for pair, (state, curve) in mine.items()}))
+    mine = {(site, k): ({name: p.cpu() for name, p in student.state_dict().items()}, losses[site][k])
+            for site, row in surrogates.items() for k, student in row.items()}
+    everything = merged(gather(mine))
     bad = [pair for pair in students if not all_finite(*everything[pair])]
     for site, k in bad:
         say(f"distill: option {k} at {site} diverged and is left out of the search; a lower --distill-lr than "
@@ -1041,7 +1042,7 @@ def scored_once(score, known, show, keep, proposals):
 
 def watched(penalty, total):
     """A function (known) with a line of progress: front size and hypervolume, with the search's own reference."""
-    tick, begun = None, 0
+    tick = None
 
     def show(known):
         nonlocal tick
