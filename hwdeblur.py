@@ -938,7 +938,7 @@ def stage_distill(config, pairs, art, device):
     train_pairs, sites, part = pairs("train"), art["saliency"]["sites"], art.get("part")
     share = train_pairs[:max(1, round(config.distill_share * len(train_pairs)))]
     batch_at = crops(share, config.seed + 2, config.crop, config.batch, device, config.workers)
-    students = [(site, k) for site in sites for k in range(1, len(blocks.BLOCKS))]
+    students = [(site, k) for k in range(1, len(blocks.BLOCKS)) for site in sites]      # so dealt, ranks have equal work
     found, keep = resumed(part), keeper(part)
     if found:
         say(f"distill: goes on from {part.path}, step {found['step']}")

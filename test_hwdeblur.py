@@ -1391,7 +1391,7 @@ class Whole(unittest.TestCase):
             status, _, said = self.command("--stage", "all", "--target", "paper", *self.TINY, "--candidates", 1, out=out)
         self.assertEqual(status, 0, said)
         self.assertIn("option 3 at mid.0 diverged and is left out", said)
-        self.assertIn("diverged: option 5 at enc0.0, 3 at mid.0.", (out / "report.md").read_text())
+        self.assertIn("diverged: option 3 at mid.0, 5 at enc0.0.", (out / "report.md").read_text())
         found = json.loads((out / "search.json").read_text())
         taken = [dict(zip(found["sites"], row["options"])) for row in found["evaluations"]]
         self.assertFalse(any(choice["enc0.0"] == 5 or choice["mid.0"] == 3 for choice in taken))
