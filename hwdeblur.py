@@ -1352,7 +1352,7 @@ def report_text(config, art):
                  [[f"{n + 1}" + (" (chosen)" if n == tuned["picked"] else ""), " ".join(map(str, c["options"])),
                    f"{c['loss_db']:.2f}", f"{c['val_before_db']:.2f}", f"{c['val_after_db']:.2f}", f"{c['latency_ms']:.1f}"]
                   for n, c in enumerate(tuned["candidates"])]),
-        *left_out(art["distill"].get("diverged", [])),
+        *left_out(art.get("distill", {}).get("diverged", [])),
         "![front](pareto.png)",
         "## Table 3: base and chosen, beside the published rows", markdown(
             ["", "params, M", "MB", "ms", "PSNR dB", "SSIM"],
