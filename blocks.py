@@ -497,7 +497,7 @@ def new_surrogate(net, site, option, seed):
     return block.to(device=like.device, dtype=like.dtype, memory_format=torch.channels_last)
 
 
-def distill(net, sites, batch_at, steps, lr, seed, only=None, amp=False):
+def distill(net, sites, batch_at, steps, lr, seed, only=None, amp=False, state=None, keep=None):
     """Train a surrogate for every site and option, each on its own (feature-wise distillation).
 
     Minimises |s(x) - b(x)|^2 / |b(x) - x|^2 where x goes into the block b in the frozen base net: the
@@ -505,6 +505,8 @@ def distill(net, sites, batch_at, steps, lr, seed, only=None, amp=False):
     S x (K-1) students. batch_at(step) -> blurred (B, 3, H, W), or a pair whose first is that; AdamW,
     cosine from `lr` to 0. `only`: the (site, option) pairs to train; a subset gets the same bits. `amp`:
     teacher and students run under bfloat16 autocast; weights, losses and optimiser stay float32.
+    keep(make): called before every step; make() is the state so far (copy or save it at once), and
+    `state`, such a one of at least these pairs, goes on from there bit for bit.
     Returns (surrogates {site: {option: module in eval mode}}, losses {site: {option: one per step}}).
     """
     pairs = [(site, k) for site in sites for k in range(1, len(BLOCKS))]
@@ -514,8 +516,10 @@ def distill(net, sites, batch_at, steps, lr, seed, only=None, amp=False):
     students = {pair: new_surrogate(net, *pair, seed).train() for pair in pairs}
     params = [p for student in students.values() for p in student.parameters()]
     optimizer = torch.optim.AdamW(params, lr=lr) if params else None
-    losses = {pair: [] for pair in pairs}
-    for step in range(steps if pairs else 0):
+    losses = _restore(students, optimizer, state) if state and pairs else {pair: [] for pair in pairs}
+    for step in range(state["step"] if state else 0, steps if pairs else 0):
+        if keep:
+            keep(lambda: _distill_state(students, optimizer, losses, step))
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
         batch = batch_at(step)
         blur = batch if torch.is_tensor(batch) else batch[0]
@@ -532,6 +536,24 @@ def distill(net, sites, batch_at, steps, lr, seed, only=None, amp=False):
             losses[site, option].append(loss.item())
         optimizer.step()
     return _by_site({p: s.eval() for p, s in students.items()}), _by_site(losses)
+
+
+def _distill_state(students, optimizer, losses, step):
+    """{step, students {(site, option): (parameters, AdamW's state of each, losses)}}, on the CPU."""
+    return {"step": step, "students": {pair: (
+        {name: p.cpu() for name, p in student.state_dict().items()},
+        [{name: v.cpu() for name, v in optimizer.state.get(p, {}).items()} for p in student.parameters()],
+        losses[pair]) for pair, student in students.items()}}
+
+
+def _restore(students, optimizer, state):
+    """Students and optimiser, in place, as `_distill_state` found them -> {(site, option): losses}."""
+    own = {pair: copy.deepcopy(state["students"][pair]) for pair in students}
+    for pair, student in students.items():
+        student.load_state_dict(own[pair][0])
+    moments = [moment for _, of_student, _ in own.values() for moment in of_student]
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(enumerate(moments))})
+    return {pair: list(curve) for pair, (_, _, curve) in own.items()}
 
 
 def _by_site(flat):

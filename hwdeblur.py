@@ -4,11 +4,14 @@
                            \\--> profile -> latency table --+--> search -> front -> knee -> finetune -> ...
 
 Images are float32 RGB in [0, 1], (B, 3, H, W) or (3, H, W); stored pairs are uint8 (3, H, W). A stage is
-a function of (config, pairs, earlier artefacts) to one artefact; only `run` and `main` touch the disk.
+a function of (config, pairs, earlier artefacts) to one artefact; only `run`, `main` and what an unfinished
+stage keeps touch the disk.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import io
 import json
@@ -21,14 +24,18 @@ import sys
 import tempfile
 import time
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy.stats import kendalltau
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import blocks
@@ -131,6 +138,85 @@ def test_sets(config):
             raise InputError(f"--test {text}: give NAME=PATH, each NAME once, and not validation or test")
         sets[name] = path
     return sets
+
+
+# -------------------------------------------------------------- ranks: processes that share a stage
+
+def rank():
+    """This process's number among those that torchrun started, 0 if it is the only one."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world():
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value):
+    """[value of rank 0, of rank 1, ...], on every rank."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+class Told(InputError):
+    """An error that every rank raises, whichever met it."""
+
+
+def agreed(call):
+    """call() on every rank; where it fails on one, all raise the first one's line, so that none waits for ever.
+
+    Calls nest: a rank that fails between two inner ones is in the outer one's `gather` when the others come to
+    the next inner one's, and what they learn there they raise as it is.
+    """
+    value, line = None, None
+    try:
+        value = call()
+    except Told:
+        raise
+    except (InputError, profile_device.HubError, OSError) as error:
+        if world() == 1:
+            raise
+        line = one_line(error)
+    lines = [line for line in gather(line) if line]
+    if lines:
+        raise Told(lines[0])
+    return value
+
+
+def first(call):
+    """call() on rank 0 alone -> what it returned, on every rank."""
+    value = [agreed(lambda: call() if rank() == 0 else None)]
+    if world() > 1:
+        dist.broadcast_object_list(value)
+    return value[0]
+
+
+@contextlib.contextmanager
+def joined(device):
+    """With the other ranks, if torchrun started any -> this one's device. Rank 0 alone prints.
+
+    gloo on CPU, nccl besides on GPUs. The limit of a day is for ranks that wait while rank 0 profiles a phone.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield device
+        return
+    on_gpu = device.startswith("cuda")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"the other ranks are not to be reached ({first_line(error)}): start with torchrun") from None
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as quiet:
+            if rank():
+                quiet.enter_context(contextlib.redirect_stdout(nowhere))
+                quiet.enter_context(contextlib.redirect_stderr(nowhere))
+            yield device
+    finally:
+        dist.destroy_process_group()
 
 
 # --------------------------------------------------- made pairs: dead leaves and camera shake
@@ -358,7 +444,9 @@ def load_image(path):
     try:
         with open_photo(path) as image:
             return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except InputError:
+        raise
+    except Exception as error:                    # Pillow raises many kinds on damaged files
         raise InputError(f"cannot read image {path} ({first_line(error)}): replace or remove it") from None
 
 
@@ -399,7 +487,7 @@ def open_photo(path):
     """A PIL image of which only the header is read yet."""
     try:
         return Image.open(path)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:                    # Pillow raises many kinds on damaged files
         raise InputError(f"cannot read image {path} ({first_line(error)}): replace or remove it") from None
 
 
@@ -603,30 +691,115 @@ def as_scored(net, config):
 
 # ------------------------------------------------------------------------------ training
 
-def train(net, batch_at, steps, lr, label="training", amp=False):
+def train(net, batch_at, steps, lr, label="training", amp=False, part=None):
     """A trained copy of `net`: AdamW (.9, .9), decay 1e-3, cosine from lr to 1e-7, PSNR loss.
 
     NAFNet's recipe. In eval mode throughout: NAF blocks do not mind, and batch norms keep the
     statistics of distillation, which whole images share and small crops do not. amp: the net runs under
-    bfloat16 autocast; weights, loss and optimiser stay float32.
+    bfloat16 autocast; weights, loss and optimiser stay float32. Several ranks take a share of every batch
+    each, and their gradients are averaged. part: goes on from what it holds, and keeps it up to date.
     """
     net = copy.deepcopy(net).eval().requires_grad_(True)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.9), weight_decay=1e-3)
-    tick = progress(label, steps)
-    for step in range(steps):
+    found, keep = resumed(part), keeper(part)
+    begun = kept = restored(net, optimizer, found, part) if found else 0
+    model = DistributedDataParallel(net) if world() > 1 else net
+    tick, step, value = progress(label, steps, begun), begun, None
+    for step in range(begun, steps):
         optimizer.param_groups[0]["lr"] = 1e-7 + (lr - 1e-7) * (1 + math.cos(math.pi * step / steps)) / 2
-        blur, sharp = batch_at(step)
+        blur, sharp, weight = agreed(lambda: own_share(*batch_at(step)))
         with torch.autocast(blur.device.type, torch.bfloat16, enabled=amp):
-            output = net(blur)
-        loss = psnr_loss(output.to(sharp.dtype), sharp)
-        if not math.isfinite(loss.item()):
-            raise InputError(f"{label}: the loss of step {step} is {loss.item()}: lower the learning rate; "
-                             "what was saved before stays as it was")
+            output = model(blur)
+        loss = weight * psnr_loss(output.to(sharp.dtype), sharp)
+        value = statistics.fmean(gather(loss.item()))
+        if not math.isfinite(value):
+            break
+        kept = step if keep(lambda: train_state(net, optimizer, step)) else kept    # its loss is finite: good
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        tick(step + 1, f"{-loss.item():.2f} dB")
+        tick(step + 1, f"{-value:.2f} dB")
+    if not finite(net) or value is not None and not math.isfinite(value):
+        good = f"; the last good checkpoint is {part.path}, of step {kept}: delete it to start over" if part else ""
+        raise InputError(f"{label} diverged, the loss of step {step} is {value}: lower the learning rate{good}")
+    keep(lambda: train_state(net, optimizer, steps), now=True)
     return net.requires_grad_(False)
+
+
+def own_share(blur, sharp):
+    """This rank's part of a batch, and the weight of its mean loss in the average over ranks."""
+    size, ranks = len(blur), world()
+    if size < ranks:
+        raise InputError(f"--batch {size} is too small for {ranks} ranks: give at least as many crops")
+    blur, sharp = blur[rank()::ranks], sharp[rank()::ranks]
+    return blur, sharp, len(blur) * ranks / size
+
+
+def train_state(net, optimizer, step):
+    """What training goes on from. `params` is in the authors' format, so that --weights takes such a file."""
+    return {"params": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+
+
+def restored(net, optimizer, state, part):
+    """Net and optimiser, in place, as they were in a `train_state` -> its step."""
+    with_params(net, state["params"], part.path)
+    optimizer.load_state_dict(state["optimizer"])
+    say(f"{part.stage}: goes on from {part.path}, step {state['step']}")
+    return state["step"]
+
+
+def finite(module):
+    """Whether all parameters and statistics are finite."""
+    return all(v.isfinite().all().item() for v in module.state_dict().values())
+
+
+# ------------------------------------------------------------------ what an unfinished stage keeps
+
+class Part(NamedTuple):
+    """The file of an unfinished stage: what it belongs to, and the most seconds of work that may be lost."""
+    path: Path
+    stage: str
+    config: Config
+    inputs: dict          # {stage: checksum of the artefact that is read}
+    every_s: float = 120.0
+
+
+def resumed(part):
+    """What an unfinished stage left, on every rank; None where there is nothing from the same inputs."""
+    return first(lambda: read_part(part)) if part else None
+
+
+def read_part(part):
+    """What is in the part's file; InputError where flags differ or it is damaged."""
+    if not part.path.exists():
+        return None
+    found = load_artefact(part.path, part.stage, part.config)
+    if found.get("inputs") != part.inputs:
+        say(f"{part.stage}: {part.path} belongs to other artefacts and counts for nothing")
+        return None
+    return found
+
+
+def keeper(part):
+    """A function (make, now) that saves make() in the part's file when it is time -> whether it was.
+
+    Every part.every_s seconds, and sooner where that takes no more than a twentieth of the time. Rank 0's
+    clock decides; make() is called on every rank.
+    """
+    last, wait = time.monotonic(), 0.0
+
+    def keep(make, now=False):
+        nonlocal last, wait
+        started = time.monotonic()
+        if not part or not first(lambda: now or started - last >= wait):
+            return False
+        state = make()
+        first(lambda: save_artefact(part.path, described(part.config, part.stage, {"inputs": part.inputs, **state})))
+        last = time.monotonic()
+        wait = min(part.every_s, 20 * (last - started))
+        return True
+
+    return keep
 
 
 # ------------------------------------------------------------------ nets in and out of artefacts
@@ -641,7 +814,10 @@ def new_net(arch, seed):
 def arch_of(params):
     """The architecture of an authors' state dict, read off its keys and shapes."""
     def count(prefix):
-        return 1 + max((int(k[len(prefix):].split(".")[0]) for k in params if k.startswith(prefix)), default=-1)
+        number = 1 + max((int(k[len(prefix):].split(".")[0]) for k in params if k.startswith(prefix)), default=-1)
+        if number > len(params):
+            raise ValueError(f"{number} parts named {prefix} in {len(params)} tensors")
+        return number
     levels = count("encoders.")
     return {"width": params["intro.weight"].shape[0], "middle": count("middle_blks."),
             "enc": [count(f"encoders.{i}.") for i in range(levels)],
@@ -656,22 +832,33 @@ def load_weights(path):
     if not tensors or "intro.weight" not in params:
         raise InputError(f"{path} holds no NAFNet state dict: it needs tensors such as intro.weight")
     try:
-        net = new_net(arch_of(params), 0)
-    except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        arch = arch_of(params)
+        with torch.device("meta"):                # shapes only: a damaged key may ask for a huge net
+            shapes = blocks.NAFNet(arch["width"], tuple(arch["enc"]), arch["middle"], tuple(arch["dec"]))
+    except (ValueError, RuntimeError, IndexError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: its keys describe no NAFNet ({first_line(error)})") from None
-    return with_params(net, params, path)
+    must_fit(shapes, params, path)
+    return with_params(new_net(arch, 0), params, path)
 
 
 def with_params(net, params, path):
     """`net` with its parameters loaded, in place; InputError naming the first keys that do not fit."""
+    must_fit(net, params, path)
+    try:
+        net.load_state_dict(params)
+    except RuntimeError as error:                 # a tensor of the right shape and a strange kind
+        raise InputError(f"{path}: weights that cannot be used ({first_line(error)}): give others") from None
+    return net.eval()
+
+
+def must_fit(net, params, path):
+    """InputError naming the first keys of `params` that do not fit the net."""
     own = net.state_dict()
-    wrong = [k for k in sorted(own.keys() | params.keys())
+    wrong = [k for k in sorted(own.keys() | params.keys(), key=str)
              if k not in own or k not in params or own[k].shape != getattr(params[k], "shape", None)]
     if wrong:
         raise InputError(f"{path}: {len(wrong)} weights are missing, unknown or of another shape, "
-                         f"first {', '.join(wrong[:3])}: give weights of this architecture")
-    net.load_state_dict(params)
-    return net.eval()
+                         f"first {', '.join(map(str, wrong[:3]))}: give weights of this architecture")
 
 
 def base_net(art, device="cpu"):
@@ -716,7 +903,7 @@ def stage_base(config, pairs, art, device):
     else:
         net = new_net(dataclasses.asdict(config), config.seed).to(device)
         batch_at = crops(pairs("train"), config.seed, config.crop, config.batch, device, config.workers)
-        net = train(net, batch_at, config.base_steps, config.base_lr, "base", config.amp)
+        net = train(net, batch_at, config.base_steps, config.base_lr, "base", config.amp, art.get("part"))
     score = evaluate(net, pairs("val"), device)
     if not finite(net) or not math.isfinite(score["psnr_db"]):
         raise InputError(f"base: the net is not finite (validation {score['psnr_db']} dB): lower --base-lr or check --weights")
@@ -751,53 +938,85 @@ def stage_profile(config, pairs, art, device):
 
 
 def stage_distill(config, pairs, art, device):
-    """Section II-B: every surrogate imitates its block, each on its own."""
-    train_pairs = pairs("train")
+    """Section II-B: every surrogate imitates its block, each on its own; the ranks share them out."""
+    train_pairs, sites, part = pairs("train"), art["saliency"]["sites"], art.get("part")
     share = train_pairs[:max(1, round(config.distill_share * len(train_pairs)))]
     batch_at = crops(share, config.seed + 2, config.crop, config.batch, device, config.workers)
-    tick = progress("distill", config.distill_steps)
-    surrogates, losses = blocks.distill(base_net(art, device), art["saliency"]["sites"],
-                                        lambda step: tick(step + 1) or batch_at(step),
-                                        config.distill_steps, config.distill_lr, config.seed, amp=config.amp)
-    for site, row in losses.items():
-        for option, curve in row.items():
-            if not all(map(math.isfinite, curve)) or not finite(surrogates[site][option]):
-                raise InputError(f"distill: option {option} at {site} diverged: lower --distill-lr {config.distill_lr}")
-    last = {site: {k: statistics.fmean(v[-10:]) if v else None for k, v in row.items()} for site, row in losses.items()}
-    params = {site: {k: {name: p.cpu() for name, p in s.state_dict().items()} for k, s in row.items()}
-              for site, row in surrogates.items()}
-    return {"params": params, "losses": last}
+    students = [(site, k) for k in range(1, len(blocks.BLOCKS)) for site in sites]      # so dealt, ranks have equal work
+    found, keep = resumed(part), keeper(part)
+    if found:
+        say(f"distill: goes on from {part.path}, step {found['step']}")
+    tick = progress("distill", config.distill_steps, found["step"] if found else 0)
+    surrogates, losses = blocks.distill(
+        base_net(art, device), sites, lambda step: tick(step + 1) or agreed(lambda: batch_at(step)),
+        config.distill_steps, config.distill_lr, config.seed, students[rank()::world()] or students[:1], config.amp,
+        found, lambda make: keep(lambda: joint(make)))
+    mine = {(site, k): ({name: p.cpu() for name, p in student.state_dict().items()}, losses[site][k])
+            for site, row in surrogates.items() for k, student in row.items()}
+    everything = merged(gather(mine))
+    bad = [pair for pair in students if not all_finite(*everything[pair])]
+    for site, k in bad:
+        say(f"distill: option {k} at {site} diverged and is left out of the search; a lower --distill-lr than "
+            f"{config.distill_lr} may help")
+    params, last = {site: {} for site in sites}, {site: {} for site in sites}
+    for site, k in students:
+        state, curve = everything[site, k]
+        last[site][k] = statistics.fmean(curve[-10:]) if curve and (site, k) not in bad else None
+        if (site, k) not in bad:                  # interned: a name is one object, whichever rank it came from
+            params[site][k] = {sys.intern(name): p for name, p in state.items()}
+    return {"params": params, "losses": last, "diverged": [list(pair) for pair in bad]}
 
 
-def finite(module):
-    """Whether all parameters and statistics are finite."""
-    return all(v.isfinite().all().item() for v in module.state_dict().values())
+def joint(make):
+    """One state of distillation from those of all ranks."""
+    states = gather(make())
+    return {"step": states[0]["step"], "students": merged([state["students"] for state in states])}
 
 
-def penalties(table, sites):
+def merged(dicts):
+    """One dict of several."""
+    return {key: value for each in dicts for key, value in each.items()}
+
+
+def all_finite(state, curve):
+    """Whether a student's losses and parameters are finite."""
+    return all(map(math.isfinite, curve)) and all(v.isfinite().all().item() for v in state.values())
+
+
+def penalties(table, sites, diverged=()):
     """One array per site: its options' ms over the base blocks' total, so that the base has penalty 1.
 
-    That is the order of magnitude of the loss in dB (II-C); no result depends on the factor. An option
-    that the device cannot run (None in the table) has an infinite penalty.
+    That is the order of magnitude of the loss in dB (II-C); no result depends on the factor. An option that
+    the device cannot run (None in the table), or in `diverged` [[site, option], ...], has an infinite penalty.
     """
     total = sum(table["sites"][site][0] for site in sites)
-    return [np.array([math.inf if ms is None else ms / total for ms in table["sites"][site]]) for site in sites]
+    return [np.array([math.inf if ms is None or [site, k] in diverged else ms / total
+                      for k, ms in enumerate(table["sites"][site])]) for site in sites]
 
 
 def stage_search(config, pairs, art, device):
     """Section II-C: Bayesian search over all configurations, scored by plug-and-play forward passes."""
-    net, sites, table = base_net(art, device), art["saliency"]["sites"], art["profile"]
-    surrogates, penalty = restored_surrogates(art, net, config.seed), penalties(table, sites)
+    net, sites, table, part = base_net(art, device), art["saliency"]["sites"], art["profile"], art.get("part")
+    surrogates = restored_surrogates(art, net, config.seed)
+    penalty = penalties(table, sites, art["distill"].get("diverged", []))
     val = [load_pair(p) for p in pairs("val")]
     base_db = evaluate(net, val, device, with_ssim=False)["psnr_db"]
 
     def score(options):
         candidate = blocks.assemble(net, surrogates, choice_of(sites, options)).eval()
-        return base_db - evaluate(candidate, val, device, with_ssim=False)["psnr_db"]
+        db = evaluate(candidate, val, device, with_ssim=False)["psnr_db"]
+        return base_db - (db if math.isfinite(db) else 0.0)            # an output that is not finite: 0 dB
 
+    found = resumed(part) or {"scored": []}
+    known = {tuple(options): loss_db for options, loss_db in found["scored"]}
+    history = [search.Evaluation(options, loss_db, search.total_penalty(penalty, options))
+               for options, loss_db in list(known.items())[:config.evaluations]]
+    if known:
+        say(f"search: goes on from {part.path}, {len(known)} configurations scored")
+    losses_of = functools.partial(scored_once, score, known, watched(penalty, config.evaluations), keeper(part))
     with warnings.catch_warnings(record=True) as ended:
-        found = search.search(watched(score, penalty, config.evaluations), penalty, config.evaluations,
-                              np.random.default_rng(config.seed))
+        found = search.search(score, penalty, config.evaluations, np.random.default_rng(config.seed), history=history,
+                              batch=world(), map=lambda _, proposals: losses_of(proposals))
     for warning in ended:
         say(str(warning.message))
     Y = np.array([(e.loss_db, e.penalty) for e in found])
@@ -807,21 +1026,40 @@ def stage_search(config, pairs, art, device):
     rows = [{"options": list(map(int, e.options)), "loss_db": e.loss_db, "penalty": e.penalty,
              "latency_ms": profile_device.network_ms(table, choice_of(sites, e.options))} for e in found]
     return {"sites": sites, "evaluations": rows, "front": front, "knee": knee, "base_val_db": base_db,
-            "taken_back": [taken_back(found[i], sites, table, score) for i in knee]}
+            "taken_back": [taken_back(found[i], sites, table, losses_of) for i in knee]}
 
 
-def watched(score, penalty, total):
-    """`score` with a line of progress: front size and hypervolume so far, with the search's own reference."""
-    tick, done = progress("search", total), []
+def scored_once(score, known, show, keep, proposals):
+    """Losses in dB of proposed configurations, in order, one per rank at a time; none is scored twice.
 
-    def scored(options):
-        done.append(search.Evaluation(options, score(options), search.total_penalty(penalty, options)))
+    known {options: loss} is added to, shown and kept as each loss arrives, on every rank alike.
+    """
+    new = [options for options in dict.fromkeys(proposals) if options not in known]
+    for i in range(0, len(new), world()):
+        chunk = new[i:i + world()]
+        losses = gather(agreed(lambda: score(chunk[rank()]) if rank() < len(chunk) else None))
+        known.update(zip(chunk, losses))
+        show(known)
+        keep(lambda: {"scored": [[list(map(int, options)), loss_db] for options, loss_db in known.items()]}, now=True)
+    return [known[options] for options in proposals]
+
+
+def watched(penalty, total):
+    """A function (known) with a line of progress: front size and hypervolume, with the search's own reference."""
+    tick = None
+
+    def show(known):
+        nonlocal tick
+        done = [search.Evaluation(options, loss_db, search.total_penalty(penalty, options))
+                for options, loss_db in known.items()]
+        if len(done) > total:                     # swaps that are taken back afterwards
+            return
+        tick = tick or progress("search", total, len(done) - 1)
         Y = np.array([(e.loss_db, e.penalty) for e in done])
         volume = search.hypervolume(Y, search.default_ref(done, penalty))
         tick(len(done), f"front {search.pareto_mask(Y).sum()}, hypervolume {volume:.3f}")
-        return done[-1].loss_db
 
-    return scored
+    return show
 
 
 def front_of(Y):
@@ -830,11 +1068,11 @@ def front_of(Y):
     return front[np.argsort(Y[front, 1], kind="stable")].tolist()
 
 
-def taken_back(evaluation, sites, table, score):
+def taken_back(evaluation, sites, table, losses_of):
     """What each swap of a configuration costs in dB and saves in ms, measured by taking it back alone."""
     swapped = {site: option for site, option in zip(sites, evaluation.options) if option}
-    cost = {site: evaluation.loss_db - score(tuple(0 if s == site else o for s, o in zip(sites, evaluation.options)))
-            for site in swapped}
+    losses = losses_of([tuple(0 if s == site else o for s, o in zip(sites, evaluation.options)) for site in swapped])
+    cost = {site: evaluation.loss_db - loss_db for site, loss_db in zip(swapped, losses)}
     return {"cost_db": cost, "saved_ms": {site: table["sites"][site][0] - table["sites"][site][option]
                                           for site, option in swapped.items()}}
 
@@ -844,14 +1082,14 @@ def stage_finetune(config, pairs, art, device):
     net, sites, found = base_net(art, device), art["search"]["sites"], art["search"]
     surrogates = restored_surrogates(art, net, config.seed)
     batch_at = crops(pairs("train"), config.seed + 4, config.crop, config.batch, device, config.workers)
-    tuned, rows = [], []
+    tuned, rows, part = [], [], art.get("part")
     for n, i in enumerate(found["knee"]):
-        row = found["evaluations"][i]
+        row, own = found["evaluations"][i], part and part._replace(path=part.path.with_suffix(f".{n + 1}.part"))
         start = blocks.assemble(net, surrogates, choice_of(sites, row["options"]))
         tuned.append(train(start, batch_at, config.finetune_steps, config.finetune_lr,
-                           f"finetune {n + 1} of {len(found['knee'])}", config.amp))
+                           f"finetune {n + 1} of {len(found['knee'])}", config.amp, own))
         after = evaluate(tuned[-1], pairs("val"), device)["psnr_db"]
-        if math.isnan(after) or not finite(tuned[-1]):
+        if math.isnan(after):
             raise InputError(f"finetune: candidate {n + 1} diverged: lower --finetune-lr {config.finetune_lr}")
         rows.append({**row, "val_before_db": found["base_val_db"] - row["loss_db"], "val_after_db": after})
     best = max(range(len(rows)), key=lambda n: rows[n]["val_after_db"] if config.pick == "best" else -rows[n]["latency_ms"])
@@ -865,9 +1103,7 @@ def stage_adapt(config, pairs, art, device):
     sets = {"validation": pairs("val"), "test": pairs("test"), **named_pairs(config)}
     batch_at = crops(pairs("train"), config.seed + 4, config.crop, config.batch, device, config.workers)
     before = chosen_net({"finetune": found}, device)
-    after = train(before, batch_at, config.finetune_steps, config.finetune_lr, "finetune", config.amp)
-    if not finite(after):
-        raise InputError(f"finetune: the net is not finite: lower --finetune-lr {config.finetune_lr}")
+    after = train(before, batch_at, config.finetune_steps, config.finetune_lr, "finetune", config.amp, art.get("part"))
     gmacs = blocks.count_macs(blocks.deploy(after), (1, 3, *config.frame)) / 1e9
     params = {k: v.cpu() for k, v in after.state_dict().items()}
     nets = {"before": as_scored(before, config), "after": as_scored(after, config)}
@@ -1088,6 +1324,12 @@ def gain_words(metrics):
             f"{base['psnr_db'] - metrics['blurred']['psnr_db']:+.2f} dB over the blurred input.")
 
 
+def left_out(diverged):
+    """A paragraph on options that no configuration could take, if there are any."""
+    options = ", ".join(f"{k} at {site}" for site, k in diverged)
+    return [f"Left out of the search, as their surrogates diverged: option {options}."] if diverged else []
+
+
 def report_text(config, art):
     """report.md: this run's tables beside the paper's rows."""
     table, found, metrics, tuned = art["profile"], art["search"], art["evaluate"], art["finetune"]
@@ -1115,6 +1357,7 @@ def report_text(config, art):
                  [[f"{n + 1}" + (" (chosen)" if n == tuned["picked"] else ""), " ".join(map(str, c["options"])),
                    f"{c['loss_db']:.2f}", f"{c['val_before_db']:.2f}", f"{c['val_after_db']:.2f}", f"{c['latency_ms']:.1f}"]
                   for n, c in enumerate(tuned["candidates"])]),
+        *left_out(art.get("distill", {}).get("diverged", [])),
         "![front](pareto.png)",
         "## Table 3: base and chosen, beside the published rows", markdown(
             ["", "params, M", "MB", "ms", "PSNR dB", "SSIM"],
@@ -1384,8 +1627,10 @@ STAGES = {
     "finetune": Stage(stage_finetune, "finetuned.pt", ("base", "distill", "search"),
                       ("from_", "finetune_steps", "finetune_lr", "pick", "amp")),
     "evaluate": Stage(stage_evaluate, "metrics.json", ("base", "profile", "finetune"), ("test", "tlc")),
-    "report": Stage(stage_report, "report.md", ("base", "saliency", "profile", "search", "finetune", "evaluate"), ()),
+    "report": Stage(stage_report, "report.md",
+                    ("base", "saliency", "profile", "distill", "search", "finetune", "evaluate"), ()),
 }
+SHARED = ("base", "distill", "search", "finetune")      # the stages that all ranks work on; rank 0 does the others
 ADAPT = Stage(stage_adapt, "finetuned.pt", (), DATA + ("from_", "test", "tlc", "crop", "batch", "frame",
                                                        "finetune_steps", "finetune_lr", "amp"))
 
@@ -1439,8 +1684,12 @@ def write_file(path, content):
 
 
 def load_torch(path, remedy):
-    """Tensors and plain values from a file, never code; InputError if it is not such a file."""
+    """Tensors and plain values from a file, never code; InputError if it is not such a file or is damaged."""
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():             # torch itself looks at no checksum
+                    raise ValueError("checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"no file {path}: {remedy}") from None
@@ -1452,8 +1701,13 @@ def load_json(path, remedy):
     """What a JSON file holds; InputError if it is none."""
     try:
         return json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{path} is damaged or no JSON: {remedy}") from None
+
+
+def checksum(content):
+    """Of a JSON artefact: what is in it besides its own "crc32"."""
+    return zlib.crc32(json.dumps({k: v for k, v in content.items() if k != "crc32"}).encode())
 
 
 def load_artefact(path, name, config):
@@ -1466,6 +1720,8 @@ def load_artefact(path, name, config):
         if content["config"].get(key) != value:
             raise InputError(f"{path} was made with {flag(key)} {shown(content['config'].get(key))}, not {shown(value)}: "
                              "give that, another --out, or delete it")
+    if path.suffix == ".json" and content.get("crc32") != checksum(content):
+        say(f"{name}: {path} was changed after it was written; it is used as it is")
     return content
 
 
@@ -1475,8 +1731,11 @@ def shown(value):
 
 # -------------------------------------------------------------------------------- progress
 
-def progress(label, total):
-    """A function (done, note) that keeps one live line on a terminal, and about five lines in a log."""
+def progress(label, total, begun=0):
+    """A function (done, note) that keeps one live line on a terminal, and about five lines in a log.
+
+    begun: how many were done before, in another process.
+    """
     started, live, said = time.perf_counter(), sys.stderr.isatty(), [0.0]
 
     def tick(done, note=""):
@@ -1484,8 +1743,8 @@ def progress(label, total):
         if done < total and (now - said[0] < 0.2 if live else done % max(1, total // 5)):
             return
         said[0] = now
-        spent = now - started
-        line = f"{label}: {done}/{total}, {done / max(spent, 1e-9):.1f}/s, {spent / done * (total - done):.0f} s left {note}"
+        spent = max(now - started, 1e-9) / (done - begun)                # seconds apiece
+        line = f"{label}: {done}/{total}, {1 / spent:.1f}/s, {spent * (total - done):.0f} s left {note}"
         print(f"\r{line:<79}" if live else line, end="\n" if done == total or not live else "", file=sys.stderr, flush=True)
 
     return tick
@@ -1501,6 +1760,7 @@ def run(config, stage, out, device="cpu", force=False):
     """Run one stage, or "all" in order, in folder `out`; what is there and matches is reused.
 
     force: latencies are measured anew, with new AI Hub jobs, and what depends on them in "all" is redone.
+    Of several ranks all work on the stages in SHARED; rank 0 alone does the others, reads, writes and prints.
     """
     out, redone = Path(out), set()
     hub = {"device": config.hub_device, "runtime": config.hub_runtime, "jobs": out / "profile_jobs.json"}
@@ -1508,40 +1768,96 @@ def run(config, stage, out, device="cpu", force=False):
     wanted = list(STAGES) if stage == "all" else [stage]
     if config.from_ and stage != "finetune":
         raise InputError(f"--from {config.from_} goes with --stage finetune, not {stage}")
-    if config.data and stage == "all":
-        pairs("train"), pairs("test")                     # what is wrong with them is better known at once
-    if stage == "all":
-        named_pairs(config)
+    if stage == "all":                                    # what is wrong with data is better known at once
+        agreed(lambda: (config.data and [pairs(split) for split in ("train", "test")], named_pairs(config)))
+    first(lambda: clean(out))
     for name in wanted:
         path = out / STAGES[name].artefact
         anew = force and name == ("evaluate" if stage == "evaluate" else "profile")
         stale = anew or not redone.isdisjoint(STAGES[name].needs)
-        if name != "report" and path.exists() and not stale:
-            same_machine(name, load_artefact(path, name, config), path, config, device)
-            say(f"{name}: {path} matches and is reused")
+        art = first(lambda: prepared(config, name, out, device, stale))
+        if art is None:
             continue
         redone.update([name] if stale else [])
-        art = {need: earlier(out, need, config, name) for need in stage_of(config, name).needs}
-        if name == "evaluate":
-            same_machine("profile", art["profile"], out / STAGES["profile"].artefact, config, device)
-        art["hub"] = {**hub, "force": anew}
-        started = time.perf_counter()
-        payload = stage_of(config, name).function(config, pairs, art, device)
-        if name == "report":
-            for file, content in payload.items():
-                write_file(out / file, content)
-        else:
-            save_artefact(path, described(config, name, payload))
+        started, function = time.perf_counter(), stage_of(config, name).function
+        whole = {**art, "part": unfinished(config, name, path, art), "hub": {**hub, "force": anew}}
+        payload = agreed(lambda: unless_altered(lambda: function(config, pairs, whole, device), art)
+                         if name in SHARED or rank() == 0 else None)
+        first(lambda: finish(config, name, out, payload))
         say(f"{name}: {path} written, {time.perf_counter() - started:.1f} s")
-    conclude(config, wanted[-1], out)
+    first(lambda: conclude(config, wanted[-1], out))
+
+
+def prepared(config, name, out, device, stale):
+    """What stage `name` reads, {stage: artefact}; None if its own artefact is there and matches."""
+    path = out / STAGES[name].artefact
+    if name != "report" and path.exists() and not stale:
+        same_machine(name, load_artefact(path, name, config), path, config, device)
+        discard(path)
+        say(f"{name}: {path} matches and is reused")
+        return None
+    art = {need: earlier(out, need, config, name) for need in stage_of(config, name).needs}
+    if name == "evaluate":
+        same_machine("profile", art["profile"], out / STAGES["profile"].artefact, config, device)
+    return art
+
+
+def unfinished(config, name, path, art):
+    """The Part of the stage whose artefact is `path`; on the ranks that read no files, a name alone."""
+    inputs = {need: zlib.crc32((path.parent / STAGES[need].artefact).read_bytes()) for need in art if rank() == 0}
+    return Part(path.with_suffix(".part"), name, config, inputs)
+
+
+def unless_altered(call, art):
+    """call(); InputError if that fails and one of {stage: artefact} that it reads is not as it was written."""
+    try:
+        return call()
+    except (InputError, profile_device.HubError, OSError):
+        raise
+    except Exception:
+        for name, content in art.items():
+            if STAGES[name].artefact.endswith(".json") and content.get("crc32") != checksum(content):
+                raise InputError(f"{STAGES[name].artefact} was changed after it was written and cannot be used: "
+                                 f"delete it and run --stage {name}") from None
+        raise
+
+
+def finish(config, name, out, payload):
+    """Write what a stage made, and remove what it kept on the way."""
+    path = out / STAGES[name].artefact
+    if name == "report":
+        for file, content in payload.items():
+            write_file(out / file, content)
+        return
+    content = described(config, name, payload)
+    if path.suffix == ".json":
+        content = json.loads(json.dumps(content))
+        content["crc32"] = checksum(content)
+    save_artefact(path, content)
+    discard(path)
+
+
+def discard(path):
+    """Remove what the stage of artefact `path` kept while it was unfinished."""
+    for part in path.parent.glob(f"{path.stem}*.part"):
+        part.unlink()
+
+
+def clean(out):
+    """Remove what a run that was killed while it wrote a file left of it."""
+    for path in out.iterdir() if out.exists() else ():
+        if re.fullmatch(r"(\.[\w.]+\.(pt|pt2|json|md|png|part)|profile_jobs\.json)\.\d+", path.name):
+            path.unlink(missing_ok=True)
 
 
 def conclude(config, last, out):
     """Print what was gained, where everything is, and what to try next."""
     if last in ("evaluate", "report"):
         metrics = earlier(out, "evaluate", config, "report")
-        parts = [gain_table(metrics), gain_words(metrics),
-                 *test_tables(metrics["tests"], {n: metrics[n]["gmacs"] for n in ("base", "chosen")}, config.frame)]
+        parts = unless_altered(lambda: [
+            gain_table(metrics), gain_words(metrics),
+            *test_tables(metrics["tests"], {n: metrics[n]["gmacs"] for n in ("base", "chosen")}, config.frame)],
+            {"evaluate": metrics})
     elif last == "finetune" and config.from_:
         text = adapted_text(config, earlier(out, "finetune", config, "finetune"))
         write_file(out / "report.md", text.encode())
@@ -1617,12 +1933,15 @@ def measured_card(out, tuned, frame):
         say(f"export: no {path}, so the card holds no PSNR and latency: run --stage evaluate first")
         return blank
     metrics = load_json(path, "delete it and run --stage evaluate")
-    if not isinstance(metrics, dict) or not tuned["config"].items() <= metrics.get("config", {}).items():
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("config"), dict) or not (
+            tuned["config"].items() <= metrics["config"].items()):
         say(f"export: {path} is of another run, so the card holds no PSNR and latency: delete it, run --stage evaluate")
         return blank
-    timed = frame == metrics["config"].get("frame") and metrics["chosen"]["latency_ms"] is not None
-    return {"psnr_db": metrics["chosen"]["psnr_db"], "protocol": metrics.get("protocol"), "latency_ms": metrics["chosen"]["latency_ms"] if timed else None,
-            "latency_on": metrics["sums"]["measured_on"] if timed else None}
+    return unless_altered(lambda: {
+        "psnr_db": metrics["chosen"]["psnr_db"], "protocol": metrics["protocol"],
+        **({"latency_ms": metrics["chosen"]["latency_ms"], "latency_on": metrics["sums"]["measured_on"]}
+           if frame == metrics["config"].get("frame") and metrics["chosen"]["latency_ms"] is not None
+           else {"latency_ms": None, "latency_on": None})}, {"evaluate": metrics})
 
 
 class Parser(argparse.ArgumentParser):
@@ -1683,29 +2002,44 @@ def main(argv=None):
     try:
         args = parser().parse_args(argv)
         config = configuration(args)
-        out = args.out or f"runs/{args.preset}"
         if args.threads is not None:
             if not 1 <= args.threads <= 1024:
                 raise InputError(f"--threads {args.threads} must be from 1 to 1024")
             torch.set_num_threads(args.threads)
-        try:
-            torch.ones(1, device=args.device).item()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise InputError(f"--device {args.device} is not to be had here ({first_line(error)})") from None
-        if args.stage == "deblur":
-            run_deblur(args.input, args.output, out, args.device)
-        elif args.stage == "export":
-            run_export(out, getattr(args, "frame", None))
-        else:
-            writable(Path(out))
-            run(config, args.stage, out, args.device, args.force)
-    except (InputError, profile_device.HubError) as error:
-        print(f"hwdeblur: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"hwdeblur: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        with joined(args.device) as device:
+            obey(args, config, args.out or f"runs/{args.preset}", device)
+    except (InputError, profile_device.HubError, OSError) as error:
+        if rank() == 0:
+            print(f"hwdeblur: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def obey(args, config, out, device):
+    """Do what the command line asks for."""
+    agreed(lambda: usable(device))
+    if args.stage == "deblur":
+        first(lambda: run_deblur(args.input, args.output, out, device))
+    elif args.stage == "export":
+        first(lambda: run_export(out, getattr(args, "frame", None)))
+    else:
+        first(lambda: writable(Path(out)))
+        run(config, args.stage, out, device, args.force)
+
+
+def usable(device):
+    """Refuse a device that is not to be had."""
+    try:
+        if torch.device(device).index is not None and torch.device(device).type == "cuda":
+            torch.cuda.set_device(device)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {device} is not to be had here ({first_line(error)})") from None
+
+
+def one_line(error):
+    """What the user is told of an error that is no bug."""
+    return f"{error.filename or ''}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
 
 
 def writable(out):

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -64,6 +65,31 @@ def small_net(seed=0, **kwargs):
 
 def images(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def free_ports(count):
+    """Ports of this machine that nothing listens to."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def damaged(content, count, rng):
+    """`count` versions of some bytes: cut, with one to ten bits flipped, or with a stretch of noise."""
+    for i in range(count):
+        data = bytearray(content)
+        at = int(rng.integers(len(data)))
+        if i % 3 == 0:
+            del data[at:]
+        elif i % 3 == 1:
+            for j in rng.integers(len(data), size=rng.integers(1, 11)):
+                data[j] ^= 1 << int(rng.integers(8))
+        else:
+            noise = rng.bytes(int(rng.integers(1, 200)))
+            data[at:at + len(noise)] = noise
+        yield bytes(data)
 
 
 class Blocks(unittest.TestCase):
@@ -324,6 +350,22 @@ class Distillation(unittest.TestCase):
         self.assertEqual({s: list(o) for s, o in some.items()}, {"mid.0": [3]})
         for k, v in some["mid.0"][3].state_dict().items():
             self.assertTrue(torch.equal(v, everything["mid.0"][3].state_dict()[k]))
+
+    def test_a_cut_off_pass_goes_on_bit_for_bit(self):
+        states, args = [], (self.net, ["enc0.0", "mid.0"], self.batch_at, 4, 1e-2, 7)
+        whole, losses = blocks.distill(*args, keep=lambda make: states.append(copy.deepcopy(make())))
+        for state in states:
+            before, only = copy.deepcopy(state), [("mid.0", k) for k in range(1, 7)]
+            for more in ({}, {"only": only}):
+                again, curves = blocks.distill(*args, state=state, **more)
+                for site, row in again.items():
+                    self.assertEqual(curves[site], losses[site])
+                    for k, module in row.items():
+                        same = whole[site][k].state_dict()
+                        self.assertTrue(all(torch.equal(v, same[name]) for name, v in module.state_dict().items()))
+            self.assertTrue(all(torch.equal(v, before["students"]["mid.0", 3][0][name])
+                                for name, v in state["students"]["mid.0", 3][0].items()))
+        self.assertEqual([state["step"] for state in states], [0, 1, 2, 3])
 
     def test_teacher_and_random_state_are_left_alone(self):
         before, state = copy.deepcopy(self.net.state_dict()), torch.get_rng_state()
@@ -1075,6 +1117,33 @@ class Report(unittest.TestCase):
         self.assertIn("| 6.00 ", hwdeblur.site_table(art, "ABC"))
 
 
+class Resume(unittest.TestCase):
+    def test_training_cut_off_anywhere_goes_on_bit_for_bit(self):
+        def batch_at(step):
+            if step == stop:
+                raise SystemExit
+            return images(2, 3, 16, 16, seed=step), images(2, 3, 16, 16, seed=step + 9)
+
+        def train(part=None):
+            return hwdeblur.train(small_net(), batch_at, 5, 1e-3, part=part).state_dict()
+
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()) as said:
+            stop, part = None, hwdeblur.Part(Path(folder, "base.part"), "base", hwdeblur.Config(), {"x": 1}, 0.0)
+            whole = train()
+            for stop in (0, 2, 3, None, None):
+                with contextlib.suppress(SystemExit):
+                    again = train(part)
+            self.assertEqual([line[-1] for line in said.getvalue().splitlines() if "goes on" in line], ["1", "2", "5"])
+            self.assertTrue(all(torch.equal(v, whole[k]) for k, v in again.items()))
+            for other in (part._replace(inputs={"x": 2}), part._replace(path=Path(folder, "none.part"))):
+                self.assertIsNone(hwdeblur.resumed(other))
+            with self.assertRaisesRegex(hwdeblur.InputError, "--base-lr 0.002, not 0.5"):
+                hwdeblur.resumed(part._replace(config=hwdeblur.Config(base_lr=0.5)))
+            torch.save({"step": Path(folder)}, part.path)             # carries code
+            with self.assertRaisesRegex(hwdeblur.InputError, "damaged or no checkpoint"):
+                hwdeblur.resumed(part)
+
+
 class Autocast(unittest.TestCase):
     def test_bfloat16_training_stays_close_and_keeps_float32_weights(self):
         net = small_net()
@@ -1161,12 +1230,6 @@ class Whole(unittest.TestCase):
         self.assertAlmostEqual(found["evaluations"][0]["loss_db"], 0)
         self.assertAlmostEqual(found["evaluations"][0]["penalty"], 1)
 
-    def test_the_same_seed_gives_the_same_bits(self):
-        again = Path(self.folder.name) / "again"
-        self.command("--stage", "all", "--target", "paper", *self.TINY, out=again)
-        for path in self.out.iterdir():
-            self.assertEqual(path.read_bytes(), (again / path.name).read_bytes(), path.name)
-
     def test_the_chosen_net_scores_what_metrics_say(self):
         tuned = torch.load(self.out / "finetuned.pt", weights_only=True)
         net = hwdeblur.chosen_net({"finetune": tuned})
@@ -1229,7 +1292,7 @@ class Whole(unittest.TestCase):
             self.refused(name, "--stage", "profile", "--target", "paper", *self.TINY, out=other)
 
     def test_bad_input_is_one_line(self):
-        empty, other = (Path(self.folder.name) / name for name in ("empty", "second"))
+        empty = Path(self.folder.name) / "empty"
         self.refused("invalid choice: 'bake'", "--stage", "bake")
         self.refused("unrecognized.*--colour", "--stage", "all", "--colour", "red")
         self.refused("invalid choice: 'large'", "--stage", "all", "--preset", "large")
@@ -1238,8 +1301,9 @@ class Whole(unittest.TestCase):
         self.refused("no folder", "--stage", "base", *self.TINY, "--data", self.folder.name, out=empty)
         self.refused("no file /nowhere.pth", "--stage", "base", *self.TINY, "--weights", "/nowhere.pth", out=empty)
         self.refused("cannot be written", "--stage", "base", *self.TINY, out=__file__)
-        self.refused("step 1", "--stage", "base", *self.TINY, "--base-lr", 1e30, out=empty)
-        self.refused("distill.*diverged", "--stage", "all", "--target", "paper", *self.TINY, "--distill-lr", "1e30", out=other)
+        self.refused("step 1 .*last good checkpoint is .*base.part, of step 0", "--stage", "base", *self.TINY,
+                     "--base-lr", 1e30, out=empty)
+        self.assertTrue(all(p.isfinite().all() for p in hwdeblur.load_weights(empty / "base.part").parameters()))
         self.refused("finetune.*diverged", "--stage", "all", "--target", "paper", *self.TINY, "--finetune-steps", 1,
                      "--finetune-lr", "1e30", out=Path(self.folder.name) / "third")
         self.refused("--crop 99", "--stage", "base", *self.TINY, "--crop", 99, out=empty)
@@ -1279,6 +1343,139 @@ class Whole(unittest.TestCase):
         (root / "cut.jpg").write_bytes((root / "rgb.jpg").read_bytes()[:400])
         self.refused("cannot read image .*cut.jpg", "--stage", "deblur", "--input", root / "cut.jpg", "--output", root / "o.png")
         self.refused("unknown kind", "--stage", "deblur", "--input", root / "rgb.jpg", "--output", root / "o.xyz")
+
+    def copied(self, name, *files):
+        """A new folder with these artefacts of the run."""
+        out = Path(self.folder.name) / name
+        out.mkdir()
+        for file in files:
+            (out / file).write_bytes((self.out / file).read_bytes())
+        return out
+
+    def test_the_same_seed_gives_the_same_bits_however_often_the_run_is_cut_off(self):
+        """SystemExit stops the run before or after a rename, as a kill would; what an earlier kill left goes."""
+        out, rng, replace, cuts = self.copied("cut"), np.random.default_rng(1), Path.replace, 0
+        (out / ".base.part.1234").write_bytes(b"half")
+        for _ in range(40):
+            left, before = int(rng.integers(1, 20)), bool(rng.integers(2))
+
+            def replace_or_stop(path, target):
+                nonlocal left
+                left -= 1
+                if left or not before:
+                    replace(path, target)
+                if not left:
+                    raise SystemExit
+
+            with mock.patch.object(Path, "replace", replace_or_stop), contextlib.suppress(SystemExit):
+                status, _, said = self.command("--stage", "all", "--target", "paper", *self.TINY, out=out)
+                self.assertEqual(status, 0, said)
+                break
+            cuts += 1
+        self.assertGreater(cuts, 3)
+        self.assertEqual({path.name: path.read_bytes() for path in out.iterdir()},
+                         {path.name: path.read_bytes() for path in self.out.iterdir()})
+
+    def test_search_scores_nothing_twice(self):
+        out = self.copied("cut_search", "base.pt", "saliency.json", "profile.json", "surrogates.pt")
+        scored, evaluate = [], hwdeblur.evaluate
+
+        def evaluate_or_stop(net, *args, **kwargs):
+            scored.append(str([type(block) for block in net.blocks().values()]))
+            if len(scored) == stop:
+                raise SystemExit
+            return evaluate(net, *args, **kwargs)
+
+        for stop in (15, 25, 29, 999):
+            with mock.patch.object(hwdeblur, "evaluate", evaluate_or_stop), contextlib.suppress(SystemExit):
+                self.command("--stage", "search", "--target", "paper", *self.TINY, out=out)
+        self.assertEqual((out / "search.json").read_bytes(), (self.out / "search.json").read_bytes())
+        self.assertEqual(scored.count(scored[0]), 4 + 1)               # the base: the reference of each run, one score
+        others = [name for name in scored if name != scored[0]]
+        self.assertEqual(len(others) - len(set(others)), 3)            # only those that a stop cut off
+
+    def test_diverged_surrogates_are_left_out_and_the_run_goes_on(self):
+        out, distill = self.copied("diverged", "base.pt", "saliency.json", "profile.json"), blocks.distill
+
+        def distill_badly(*args):
+            surrogates, losses = distill(*args)
+            losses["mid.0"][3][-1] = math.nan
+            next(surrogates["enc0.0"][5].parameters()).data.fill_(math.inf)
+            return surrogates, losses
+
+        with mock.patch.object(blocks, "distill", distill_badly):
+            status, _, said = self.command("--stage", "all", "--target", "paper", *self.TINY, "--candidates", 1, out=out)
+        self.assertEqual(status, 0, said)
+        self.assertIn("option 3 at mid.0 diverged and is left out", said)
+        self.assertIn("diverged: option 3 at mid.0, 5 at enc0.0.", (out / "report.md").read_text())
+        found = json.loads((out / "search.json").read_text())
+        taken = [dict(zip(found["sites"], row["options"])) for row in found["evaluations"]]
+        self.assertFalse(any(choice["enc0.0"] == 5 or choice["mid.0"] == 3 for choice in taken))
+        self.assertTrue(any(choice["enc0.0"] == 3 for choice in taken))
+
+    def test_two_ranks_do_the_work_of_one(self):
+        """All stages; distillation from the same base, bit for bit; an error of rank 1 alone, told once."""
+        whole, shared = self.copied("ranks"), self.copied("shared", "base.pt", "saliency.json", "profile.json")
+        common = ["--target", "paper", *self.TINY, "--threads", str(torch.get_num_threads()), "--out"]
+        few = ["--evaluations", "7", "--candidates", "1", "--stage", "all"]
+        lines = [[*common, str(whole), *few], ["--stage", "distill", *common, str(shared)],
+                 ["--stage", "search", *common, str(shared)]]
+        code = f"""if True:
+            import os, hwdeblur
+            def fail(pair):
+                raise hwdeblur.InputError('a broken image')
+            for port, line in zip({free_ports(3)}, {lines}):
+                os.environ['MASTER_PORT'] = str(port)
+                if 'search' in line and hwdeblur.rank() == 1:
+                    hwdeblur.load_pair = fail
+                print('status', hwdeblur.main(line))"""
+        ranks = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                  env={**os.environ, "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": str(r)}) for r in (0, 1)]
+        (printed, said), other = (rank.communicate(timeout=120) for rank in ranks)
+        self.assertEqual(other, ("status 0\nstatus 0\nstatus 2\n", ""))
+        self.assertEqual([line for line in printed.splitlines() if "status" in line], ["status 0", "status 0", "status 2"], said)
+        self.assertEqual(said.splitlines()[-1], "hwdeblur: a broken image")
+        self.assertEqual(len(json.loads((whole / "search.json").read_text())["evaluations"]), 7)
+        self.assertTrue((whole / "report.md").exists())
+        self.assertEqual((shared / "surrogates.pt").read_bytes(), (self.out / "surrogates.pt").read_bytes())
+        one, two = (torch.load(out / "base.pt", weights_only=True)["params"] for out in (self.out, whole))
+        for name, p in one.items():
+            torch.testing.assert_close(two[name], p, rtol=1e-4, atol=1e-4 * p.abs().max().item())
+
+    def test_damaged_files_are_refused_or_load_as_they_were(self):
+        """Cuts, flipped bits and noise, seeded. JSON may be edited by hand, so there a run may also go on."""
+        rng, root = np.random.default_rng(0), self.copied("fuzz")
+        Image.effect_noise((40, 30), 50).convert("RGB").save(root / "a.png")
+        Image.effect_noise((40, 30), 50).convert("RGB").save(root / "a.jpg")
+        good, config = torch.load(self.out / "base.pt", weights_only=True), hwdeblur.Config()
+        torch.save(good["params"], root / "a.pth", _use_new_zipfile_serialization=False)
+        loads = {self.out / "base.pt": hwdeblur.load_weights, root / "a.pth": hwdeblur.load_weights,
+                 self.out / "finetuned.pt": hwdeblur.load_tuned, root / "a.png": hwdeblur.load_image, root / "a.jpg": hwdeblur.load_image}
+        refused = dict.fromkeys(loads, 0)
+        for path, load in loads.items():
+            for content in damaged(path.read_bytes(), 40, rng):
+                (root / ("x" + path.suffix)).write_bytes(content)
+                try:
+                    loaded = load(root / ("x" + path.suffix))
+                except hwdeblur.InputError:
+                    refused[path] += 1
+                    continue
+                if path.suffix == ".pt":
+                    whole = load(path)
+                    state, same = ((x.state_dict() if load == hwdeblur.load_weights else x["params"]) for x in (loaded, whole))
+                    self.assertTrue(all(torch.equal(v, same[k]) for k, v in state.items()))
+        self.assertGreater(min(refused.values()), 15)
+        for name, stage in (("metrics.json", "evaluate"), ("saliency.json", "profile"), ("search.json", "search")):
+            statuses = set()
+            out = self.copied(f"fuzz_{stage}", "base.pt", *{name, "saliency.json"})
+            for content in damaged((self.out / name).read_bytes(), 30, rng):
+                (out / name).write_bytes(content)
+                (out / "profile.json").unlink(missing_ok=True)
+                status, _, said = self.command("--stage", stage, "--target", "paper", *self.TINY, out=out)
+                statuses.add(status)
+                self.assertLessEqual(status * said.count("hwdeblur: "), 2, said)
+            self.assertIn(2, statuses)
+            self.assertLessEqual(statuses, {0, 2})
 
     def test_real_folders_of_different_sizes(self):
         root = Path(self.folder.name) / "data"
