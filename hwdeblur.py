@@ -86,7 +86,7 @@ class Config:
     distill_lr: float = knob(4e-3, "first learning rate of distillation, cosine to 0")
     evaluations: int = knob(100, "configurations that the search scores (II-C)")
     candidates: int = knob(3, "architectures of the knee region that are fine-tuned (II-D)")
-    finetune_steps: int = knob(300, "steps of fine-tuning of each candidate")
+    finetune_steps: int = knob(240, "steps of fine-tuning of each candidate")
     finetune_lr: float = knob(5e-4, "first learning rate of fine-tuning, cosine to 1e-7")
     pick: str = knob("best", "of the fine-tuned candidates: best (PSNR) or fastest (III-A)")
     tlc: bool = knob(False, "score with attention over a local window of 1.5 x --crop (Chu et al. 2021)")
@@ -1149,7 +1149,7 @@ def random_nets(table, base, shape, count, rng):
 def whole_net_ms(target, entries, device, hub):
     """{name: (deployed net, shape)} -> {name: measured ms, None where the target measures no whole net}."""
     if target == "local":
-        times = profile_device.time_together(entries, device, rounds=12, warmup=1)
+        times = profile_device.time_together(entries, device, rounds=8, warmup=1)
         return {name: statistics.median(ms) for name, ms in times.items()}
     if target == "qai-hub":
         entries = {name: (net.cpu(), shape) for name, (net, shape) in entries.items()}
