@@ -719,7 +719,7 @@ def train(net, batch_at, steps, lr, label="training", amp=False, part=None):
         loss.backward()
         optimizer.step()
         tick(step + 1, f"{-value:.2f} dB")
-    if not finite(net) or value is not None and not math.isfinite(value):
+    if not finite(net.state_dict()) or value is not None and not math.isfinite(value):
         good = f"; the last good checkpoint is {part.path}, of step {kept}: delete it to start over" if part else ""
         raise InputError(f"{label} diverged, the loss of step {step} is {value}: lower the learning rate{good}")
     keep(lambda: train_state(net, optimizer, steps), now=True)
@@ -748,9 +748,9 @@ def restored(net, optimizer, state, part):
     return state["step"]
 
 
-def finite(module):
-    """Whether all parameters and statistics are finite."""
-    return all(v.isfinite().all().item() for v in module.state_dict().values())
+def finite(state):
+    """Whether all parameters and statistics of a state dict are finite."""
+    return all(v.isfinite().all().item() for v in state.values())
 
 
 # ------------------------------------------------------------------ what an unfinished stage keeps
@@ -905,7 +905,7 @@ def stage_base(config, pairs, art, device):
         batch_at = crops(pairs("train"), config.seed, config.crop, config.batch, device, config.workers)
         net = train(net, batch_at, config.base_steps, config.base_lr, "base", config.amp, art.get("part"))
     score = evaluate(net, pairs("val"), device)
-    if not finite(net) or not math.isfinite(score["psnr_db"]):
+    if not finite(net.state_dict()) or not math.isfinite(score["psnr_db"]):
         raise InputError(f"base: the net is not finite (validation {score['psnr_db']} dB): lower --base-lr or check --weights")
     params = {k: v.cpu() for k, v in net.state_dict().items()}
     return {"params": params, "arch": arch_of(params), "val": score}
@@ -980,7 +980,7 @@ def merged(dicts):
 
 def all_finite(state, curve):
     """Whether a student's losses and parameters are finite."""
-    return all(map(math.isfinite, curve)) and all(v.isfinite().all().item() for v in state.values())
+    return all(map(math.isfinite, curve)) and finite(state)
 
 
 def penalties(table, sites, diverged=()):
@@ -1009,8 +1009,7 @@ def stage_search(config, pairs, art, device):
 
     found = resumed(part) or {"scored": []}
     known = {tuple(options): loss_db for options, loss_db in found["scored"]}
-    history = [search.Evaluation(options, loss_db, search.total_penalty(penalty, options))
-               for options, loss_db in list(known.items())[:config.evaluations]]
+    history = [search.evaluated(*scored, penalty) for scored in list(known.items())[:config.evaluations]]
     if known:
         say(f"search: goes on from {part.path}, {len(known)} configurations scored")
     losses_of = functools.partial(scored_once, score, known, watched(penalty, config.evaluations), keeper(part))
@@ -1050,8 +1049,7 @@ def watched(penalty, total):
 
     def show(known):
         nonlocal tick
-        done = [search.Evaluation(options, loss_db, search.total_penalty(penalty, options))
-                for options, loss_db in known.items()]
+        done = [search.evaluated(*scored, penalty) for scored in known.items()]
         if len(done) > total:                     # swaps that are taken back afterwards
             return
         tick = tick or progress("search", total, len(done) - 1)

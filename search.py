@@ -344,7 +344,7 @@ def best_candidate(history, penalty, seed, ref, kernel):
     parts = [slice(i, i + 1000) for i in range(0, len(pool), 1000)]    # bounds the memory
     gain = np.concatenate([mean_improvement(losses[part], penalties[part], boxes) for part in parts])
     best = int(gain.argmax() if gain.max() > 0 else std.argmax())
-    return Evaluation(pool[best], float(np.median(losses[best])), total_penalty(penalty, pool[best]))
+    return evaluated(pool[best], np.median(losses[best]), penalty)
 
 
 def default_ref(history, penalty):
@@ -434,7 +434,7 @@ def additive(losses, penalty, n):
     above[order] = predicted[order] - np.minimum.accumulate(predicted[order])
     nearest = np.unravel_index(np.argsort(above, kind="stable")[:n], losses.shape)
     rows = list(dict.fromkeys(rows + list(zip(*(axis.tolist() for axis in nearest)))))[:n]
-    return [Evaluation(o, losses[o], total_penalty(penalty, o)) for o in rows]
+    return [evaluated(o, losses[o], penalty) for o in rows]
 
 
 def race(seeds=2, budgets=(25, 50, 100)):
@@ -445,7 +445,7 @@ def race(seeds=2, budgets=(25, 50, 100)):
         ref, rng = (3.0, 1.05 * sum(p[0] for p in penalty)), np.random.default_rng(seed)
         best = hypervolume(np.stack([losses.ravel(), sum(np.ix_(*penalty)).ravel()], 1), ref)
         drawn = map(tuple, rng.integers(losses.shape, size=(n, losses.ndim)).tolist())
-        runs = {"random": [Evaluation(o, losses[o], total_penalty(penalty, o)) for o in drawn],
+        runs = {"random": [evaluated(o, losses[o], penalty) for o in drawn],
                 "the paper's form (rbf)": search(losses.__getitem__, penalty, n, rng, ref, kernel="rbf"),
                 "additive prediction": additive(losses, penalty, n),
                 "this search": search(losses.__getitem__, penalty, n, rng, ref)}
