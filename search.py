@@ -398,6 +398,8 @@ def knee(front, count):
     Both axes scaled to [0, 1] over the front; ranked by distance below the chord between its two ends.
     """
     front = _objectives(front)
+    if not np.isfinite(front).all():
+        raise ValueError("knee: objectives must be finite")
     span = np.ptp(front, axis=0)
     y = (front - front.min(0)) / np.where(span > 0, span, 1)
     below = 1 - y.sum(1)                      # the chord runs from (0, 1) to (1, 0)
