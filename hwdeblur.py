@@ -5,7 +5,22 @@
 
 Images are float32 RGB in [0, 1], (B, 3, H, W) or (3, H, W); stored pairs are uint8 (3, H, W). A stage is
 a function of (config, pairs, earlier artefacts) to one artefact; only `run`, `main` and what an unfinished
-stage keeps touch the disk.
+stage keeps touch the disk. The sections of this file, in order:
+
+    configuration                                every value that decides the result, with its unit; presets
+    ranks: processes that share a stage          what torchrun's processes tell one another; errors reach all
+    made pairs: dead leaves and camera shake     training data where --data gives none
+    pairs on disk                                folders and lists, splits, crops, batches
+    metrics                                      PSNR, SSIM, scores of nets over whole images
+    training                                     the one loop of base training and fine-tuning
+    what an unfinished stage keeps               so that a run that was cut off goes on where it was
+    nets in and out of artefacts                 state dicts, checked, to nets
+    the stages                                   section II, a function each: base to evaluate
+    the report                                   report.md, pareto.png, samples.png
+    one photograph                               --stage deblur, in tiles where it is large
+    artefacts                                    the table of stages; files written whole, read and checked
+    progress                                     one live line on a terminal, few lines in a log
+    command line                                 run, export, the flags, main
 """
 import argparse
 import contextlib
@@ -49,49 +64,50 @@ class InputError(Exception):
 
 # ----------------------------------------------------------------------------- configuration
 
-def knob(default, help):
-    """A configuration entry: its demo value, and one line with unit and section of the paper."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def knob(default, help, unit=""):
+    """A configuration entry: its demo value, one line with the section of the paper, the unit of the value."""
+    return dataclasses.field(default=default, metadata={"help": help, "unit": unit})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that decides the result. Defaults are the demo preset, sized for two CPU cores."""
     seed: int = knob(0, "seed of every random choice")
-    data: str = knob("", "folder with train and test pairs: sibling folders or lists; empty: made pairs")
-    from_: str = knob("", "stage finetune: a finetuned.pt to adapt to --data, without a search (III-C)")
-    test: tuple = knob((), "NAME=PATH of a further test set, folder or list; may be given several times")
+    data: str = knob("", "folder with train and test pairs: sibling folders or lists; none: made pairs")
+    from_: str = knob("", "a finetuned.pt to adapt to --data, without a search (III-C)")
+    test: tuple = knob((), "a further test set, folder or list; may be given several times")
     workers: int = knob(0, "processes that decode training images; batches are the same for any number")
     made_train: int = knob(256, "made pairs for training and distillation")
     made_test: int = knob(32, "made pairs for validation, and as many for testing")
-    made_size: int = knob(128, "side of a made image, pixels")
+    made_size: int = knob(128, "side of a made image", "pixels")
     few: int = knob(64, "own training pairs below which as many made ones take half of all crops")
     val_pairs: int = knob(16, "most pairs carved from train to score the search and pick (II-C)")
-    weights: str = knob("", "pre-trained NAFNet checkpoint (authors' format); empty: train one")
-    width: int = knob(16, "channels of the net at full resolution (paper: 32)")
-    enc: tuple = knob((1, 1, 4, 1), "blocks per encoder stage (paper: 1 1 1 28; small crops need theirs earlier)")
+    weights: str = knob("", "pre-trained NAFNet checkpoint (authors' format); none: train one")
+    width: int = knob(16, "channels of the net at full resolution")
+    enc: tuple = knob((1, 1, 4, 1), "blocks per encoder stage (small crops need theirs earlier)")
     middle: int = knob(1, "blocks in the middle stage")
     dec: tuple = knob((1, 1, 1, 1), "blocks per decoder stage")
-    crop: int = knob(96, "side of a training crop, pixels (NAFNet: 256)")
-    batch: int = knob(4, "crops per training step (NAFNet: 64)")
+    crop: int = knob(96, "side of a training crop", "pixels")
+    batch: int = knob(4, "crops per training step")
     amp: bool = knob(False, "train in bfloat16 where that is safe (autocast): base, distill, finetune")
-    base_steps: int = knob(2400, "steps of base training")
+    base_steps: int = knob(2400, "length of base training", "steps")
     base_lr: float = knob(2e-3, "first learning rate of base training, cosine to 1e-7")
-    frame: tuple = knob((256, 256), "input of the profiled net, height and width in pixels (III-A: 512)")
+    frame: tuple = knob((256, 256), "input of the profiled net (III-A), H or HxW", "pixels")
     target: str = knob("local", "latency table: local (this machine), qai-hub (a phone) or paper (its table 2)")
     hub_device: str = knob(profile_device.HUB_DEVICE, "device of Qualcomm AI Hub, for --target qai-hub (III-A)")
     hub_runtime: str = knob("tflite", "runtime on that device: tflite, qnn_context_binary or onnx")
     distill_share: float = knob(0.25, "share of the training pairs used for distillation (III-A)")
-    distill_steps: int = knob(150, "steps of distillation, all surrogates in one pass (II-B)")
+    distill_steps: int = knob(150, "length of distillation, all surrogates in one pass (II-B)", "steps")
     distill_lr: float = knob(4e-3, "first learning rate of distillation, cosine to 0")
     evaluations: int = knob(100, "configurations that the search scores (II-C)")
     candidates: int = knob(3, "architectures of the knee region that are fine-tuned (II-D)")
-    finetune_steps: int = knob(240, "steps of fine-tuning of each candidate")
+    finetune_steps: int = knob(240, "length of fine-tuning of each candidate", "steps")
     finetune_lr: float = knob(5e-4, "first learning rate of fine-tuning, cosine to 1e-7")
     pick: str = knob("best", "of the fine-tuned candidates: best (PSNR) or fastest (III-A)")
     tlc: bool = knob(False, "score with attention over a local window of 1.5 x --crop (Chu et al. 2021)")
 
 
+# Training in the paper preset is NAFNet's: crop, batch, learning rate.
 PRESETS = {
     "demo": {},
     "paper": dict(width=32, enc=(1, 1, 1, 28), crop=256, batch=64, base_steps=200_000, base_lr=1e-3,
@@ -372,7 +388,10 @@ def split_root(path, split):
 
 
 def pairs_below(root):
-    """The pairs of a text file, or of all sibling folders known by name (FOLDERS) below a folder, sorted."""
+    """The pairs of a text file, or of all sibling folders known by name below a folder, sorted.
+
+    Where a folder holds several layouts (sharp and gt, say), the first of FOLDERS counts.
+    """
     if root.is_file():
         return listed_pairs(root)
     pairs, layouts = [], [tuple(name.lower() for name in names) for names in FOLDERS]
@@ -744,7 +763,6 @@ def restored(net, optimizer, state, part):
     """Net and optimiser, in place, as they were in a `train_state` -> its step."""
     with_params(net, state["params"], part.path)
     optimizer.load_state_dict(state["optimizer"])
-    say(f"{part.stage}: goes on from {part.path}, step {state['step']}")
     return state["step"]
 
 
@@ -777,6 +795,7 @@ def read_part(part):
     if found.get("inputs") != part.inputs:
         say(f"{part.stage}: {part.path} belongs to other artefacts and counts for nothing")
         return None
+    say(f"{part.stage}: goes on from {part.path}, {found['step']} done")
     return found
 
 
@@ -927,6 +946,8 @@ def stage_profile(config, pairs, art, device):
     net, sites = base_net(art), art["saliency"]["sites"]
     surrogates = {site: {k: blocks.new_surrogate(net, site, k, config.seed) for k in range(1, len(blocks.BLOCKS))}
                   for site in sites}
+    if config.target == "local":
+        say(f"profile: timing {len(blocks.BLOCKS)} options at {len(sites)} sites, inside the whole net ...")
     try:
         table = profile_device.latency_table(net, surrogates, sites, config.frame, config.target,
                                              blocks.deploy, device, hub=art.get("hub"))
@@ -938,14 +959,12 @@ def stage_profile(config, pairs, art, device):
 
 
 def stage_distill(config, pairs, art, device):
-    """Section II-B: every surrogate imitates its block, each on its own; the ranks share them out."""
+    """Section II-B: every surrogate imitates its block, on its own; the ranks share them out."""
     train_pairs, sites, part = pairs("train"), art["saliency"]["sites"], art.get("part")
     share = train_pairs[:max(1, round(config.distill_share * len(train_pairs)))]
     batch_at = crops(share, config.seed + 2, config.crop, config.batch, device, config.workers)
     students = [(site, k) for k in range(1, len(blocks.BLOCKS)) for site in sites]      # so dealt, ranks have equal work
     found, keep = resumed(part), keeper(part)
-    if found:
-        say(f"distill: goes on from {part.path}, step {found['step']}")
     tick = progress("distill", config.distill_steps, found["step"] if found else 0)
     surrogates, losses = blocks.distill(
         base_net(art, device), sites, lambda step: tick(step + 1) or agreed(lambda: batch_at(step)),
@@ -995,7 +1014,7 @@ def penalties(table, sites, diverged=()):
 
 
 def stage_search(config, pairs, art, device):
-    """Section II-C: Bayesian search over all configurations, scored by plug-and-play forward passes."""
+    """Section II-C: Bayesian search over all configurations; scored by plug-and-play passes."""
     net, sites, table, part = base_net(art, device), art["saliency"]["sites"], art["profile"], art.get("part")
     surrogates = restored_surrogates(art, net, config.seed)
     penalty = penalties(table, sites, art["distill"].get("diverged", []))
@@ -1010,8 +1029,6 @@ def stage_search(config, pairs, art, device):
     found = resumed(part) or {"scored": []}
     known = {tuple(options): loss_db for options, loss_db in found["scored"]}
     history = [search.evaluated(*scored, penalty) for scored in list(known.items())[:config.evaluations]]
-    if known:
-        say(f"search: goes on from {part.path}, {len(known)} configurations scored")
     losses_of = functools.partial(scored_once, score, known, watched(penalty, config.evaluations), keeper(part))
     with warnings.catch_warnings(record=True) as ended:
         found = search.search(score, penalty, config.evaluations, np.random.default_rng(config.seed), history=history,
@@ -1039,7 +1056,7 @@ def scored_once(score, known, show, keep, proposals):
         losses = gather(agreed(lambda: score(chunk[rank()]) if rank() < len(chunk) else None))
         known.update(zip(chunk, losses))
         show(known)
-        keep(lambda: {"scored": [[list(map(int, options)), loss_db] for options, loss_db in known.items()]}, now=True)
+        keep(lambda: {"step": len(known), "scored": [[list(map(int, o)), loss_db] for o, loss_db in known.items()]}, now=True)
     return [known[options] for options in proposals]
 
 
@@ -1076,7 +1093,7 @@ def taken_back(evaluation, sites, table, losses_of):
 
 
 def stage_finetune(config, pairs, art, device):
-    """Section II-D: the candidates of the knee region, trained end to end on all pairs; one is picked."""
+    """Section II-D: candidates of the knee region, trained on all pairs; one is picked."""
     net, sites, found = base_net(art, device), art["search"]["sites"], art["search"]
     surrogates = restored_surrogates(art, net, config.seed)
     batch_at = crops(pairs("train"), config.seed + 4, config.crop, config.batch, device, config.workers)
@@ -1124,6 +1141,7 @@ def measure_nets(config, table, entries, choices, device, hub, count=30):
         more = random_nets(table, *entries["base"], count, np.random.default_rng([config.seed, 5]))
         choices = {**choices, **{name: choice for name, (choice, _) in more.items()}}
         entries = {**entries, **{name: entry for name, (_, entry) in more.items()}}
+        say(f"evaluate: timing {len(entries)} whole nets ...")
     measured = whole_net_ms(config.target, entries, device, hub)
     if config.target == "local":
         drift = measured["base"] / table["base_ms"]
@@ -1174,7 +1192,7 @@ def do_the_sums_hold(table, choices, measured, where, drift=1.0):
 
 
 def stage_evaluate(config, pairs, art, device):
-    """Section III: blurred input, base and chosen net on the test pairs; sizes; whole-net latency."""
+    """Section III: blurred input, base and chosen net on test pairs; sizes; whole-net latency."""
     nets, sets = {"base": base_net(art, device), "chosen": chosen_net(art, device)}, named_pairs(config)
     shape, table = (1, 3, *config.frame), art["profile"]
     deployed = {name: blocks.deploy(net) for name, net in nets.items()}
@@ -1346,7 +1364,7 @@ def report_text(config, art):
         "## Table 2: latency of each option, ms", markdown(
             ["site", *(f"{i} {n}" for i, n in enumerate(names))],
             [[site, *("unavailable" if ms is None else f"{ms:.2f}" for ms in row)] for site, row in table["sites"].items()]
-            + [["published", *(f"{ms:.0f}" for ms in profile_device.PAPER_BLOCK_MS), *[""] * (len(names) - 7)][:len(names) + 1]]),
+            + [["published", *(f"{ms:.0f}" for ms in profile_device.PAPER_BLOCK_MS), *[""] * len(names)][:len(names) + 1]]),
         measured_on(table),
         "## Front and candidates",
         f"{len(found['evaluations'])} configurations scored, {len(found['front'])} on the front. Candidates lie furthest "
@@ -1539,7 +1557,7 @@ def worst_window(error, crop):
 
 
 def stage_report(config, pairs, art, device):
-    """report.md, pareto.png and samples.png -> {file name: bytes}."""
+    """Section III, all tables: report.md, pareto.png and samples.png -> {file name: bytes}."""
     nets = [as_scored(net, config) for net in (base_net(art, device), chosen_net(art, device))]
     samples = samples_picture(pairs("test"), *nets, device)
     return {"pareto.png": png(pareto_picture(art["search"], art["finetune"])), "samples.png": png(samples),
@@ -1730,7 +1748,7 @@ def shown(value):
 # -------------------------------------------------------------------------------- progress
 
 def progress(label, total, begun=0):
-    """A function (done, note) that keeps one live line on a terminal, and about five lines in a log.
+    """A function (done, note) that keeps one live line of at most 79 columns on a terminal, and at most five lines in a log.
 
     begun: how many were done before, in another process.
     """
@@ -1738,12 +1756,12 @@ def progress(label, total, begun=0):
 
     def tick(done, note=""):
         now = time.perf_counter()
-        if done < total and (now - said[0] < 0.2 if live else done % max(1, total // 5)):
+        if done < total and (now - said[0] < 0.2 if live else done % -(-total // 5)):
             return
         said[0] = now
         spent = max(now - started, 1e-9) / (done - begun)                # seconds apiece
-        line = f"{label}: {done}/{total}, {1 / spent:.1f}/s, {spent * (total - done):.0f} s left {note}"
-        print(f"\r{line:<79}" if live else line, end="\n" if done == total or not live else "", file=sys.stderr, flush=True)
+        line = f"{label}: {done}/{total}, {1 / spent:.1f}/s, {spent * (total - done):.0f} s left {note}".rstrip()
+        print(f"{line[:79]:<79}" if live else line, end="\r" if live and done < total else "\n", file=sys.stderr, flush=True)
 
     return tick
 
@@ -1957,31 +1975,71 @@ def sides(text):
     return values * (3 - len(values)) if len(values) == 1 else values
 
 
+def stage_lines():
+    """{what --stage takes: what it does, in one line}, in order."""
+    return {**{name: stage.function.__doc__.splitlines()[0] for name, stage in STAGES.items()},
+            "all": "These, in order; what is there and matches is reused.",
+            "deblur": "Restore the photograph --input into --output with the net in --out.",
+            "export": "Write that net as deblur.pt2, a torch.export program, and its card deblur.json."}
+
+
+def listed_stages():
+    return "\n".join(f"  {name:<10}{line}" for name, line in stage_lines().items())
+
+
+def sections():
+    """{configuration entry: its heading in the help}: the first stage that depends on it, if one does."""
+    found = {field.name: "any stage" for field in dataclasses.fields(Config)}
+    for name, stage in reversed(STAGES.items()):
+        found.update(dict.fromkeys(stage.knobs, f"stage {name}"))
+    return {**found, **dict.fromkeys(DATA, "data"), "seed": "any stage"}
+
+
+def help_line(field):
+    """What a configuration entry is; in brackets its default and unit, and the paper preset's where that differs."""
+    def text(value):
+        return "x".join(map(str, value)) if field.name == "frame" else shown(plain(value)).strip("'") or "none"
+    default = f"{text(field.default)} {field.metadata['unit']}".strip()
+    paper = f"; paper: {text(PRESETS['paper'][field.name])}" if field.name in PRESETS["paper"] else ""
+    return f"{field.metadata['help']} [{'off' if field.default is False else default}{paper}]"
+
+
+def argument(field):
+    """argparse's description of a configuration entry."""
+    about = dict(dest=field.name, default=argparse.SUPPRESS, help=help_line(field))
+    if field.default is False:
+        return dict(about, action="store_true")
+    if field.name == "test":
+        return dict(about, action="append", metavar="NAME=PATH")
+    if field.name == "frame":
+        return dict(about, type=sides, metavar="HxW")
+    if field.name in CHOICES:
+        return dict(about, choices=CHOICES[field.name])
+    many = isinstance(field.default, tuple)
+    kind = int if many else type(field.default)
+    return dict(about, type=kind, nargs="+" if many else None, metavar={int: "N", float: "X", str: "TEXT"}[kind])
+
+
 def parser():
-    """The command line, one flag per configuration entry."""
-    p = Parser(description="Blockwise search for an efficient deblurring net. Stages, in order: "
-               + ", ".join(STAGES) + "; all: these; deblur: restore --input into --output; export: deblur.pt2, a "
-               "torch.export program of the chosen net, and its card.", allow_abbrev=False)
-    p.add_argument("--stage", required=True, choices=[*STAGES, "all", "deblur", "export"])
-    p.add_argument("--preset", default="demo", choices=list(PRESETS), help="defaults of all flags below (demo)")
-    p.add_argument("--out", help="folder of the artefacts (runs/PRESET)")
-    p.add_argument("--device", default="cpu", help="torch device, say cuda (cpu)")
-    p.add_argument("--threads", type=int, help="CPU threads (torch's own choice)")
-    p.add_argument("--force", action="store_true", help="measure latency anew, with new AI Hub jobs")
-    p.add_argument("--input", help="stage deblur: a photograph")
-    p.add_argument("--output", help="stage deblur: where the restored one goes, .png or .jpg")
+    """The command line, one flag per configuration entry, grouped by stage."""
+    p = Parser(allow_abbrev=False, add_help=False, usage="python hwdeblur.py --stage STAGE [--out FOLDER] [flags]",
+               formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28),
+               description="The stages, in order:\n" + listed_stages(),
+               epilog="In brackets: the default and its unit, and that of --preset paper where it differs.")
+    groups = {title: p.add_argument_group(title) for title in ("any stage", "data", *(f"stage {name}" for name in stage_lines()))}
+    add = groups["any stage"].add_argument
+    add("-h", "--help", action="help", help="print this")
+    add("--stage", nargs="?", const=True, choices=list(stage_lines()), metavar="STAGE",
+        help="one of the above; without a value, list them")
+    add("--preset", default="demo", choices=list(PRESETS), help="defaults of all other flags [demo]")
+    add("--out", metavar="FOLDER", help="folder of the artefacts [runs/PRESET]")
+    add("--device", default="cpu", help="torch device, say cuda [cpu]")
+    add("--threads", type=int, metavar="N", help="CPU threads [torch's own choice]")
+    add("--force", action="store_true", help="measure latency anew, with new AI Hub jobs [off]")
+    groups["stage deblur"].add_argument("--input", metavar="PHOTO", help="a photograph")
+    groups["stage deblur"].add_argument("--output", metavar="FILE", help="where the restored one goes, .png or .jpg")
     for field in dataclasses.fields(Config):
-        many = isinstance(field.default, tuple) and field.name not in ("frame", "test")
-        kind = sides if field.name == "frame" else str if field.name == "test" else int if many else type(field.default)
-        default = "x".join(map(str, field.default)) if field.name == "frame" else shown(plain(field.default)) or "none"
-        options = dict(dest=field.name, default=argparse.SUPPRESS, help=f"{field.metadata['help']} ({default})")
-        if kind is bool:
-            p.add_argument(flag(field.name), action="store_true", **options)
-        elif field.name == "test":
-            p.add_argument(flag(field.name), action="append", metavar="NAME=PATH", **options)
-        else:
-            p.add_argument(flag(field.name), type=kind, nargs="+" if many else None, choices=CHOICES.get(field.name),
-                           metavar=None if field.name in CHOICES else field.name.strip("_").upper(), **options)
+        groups[sections()[field.name]].add_argument(flag(field.name), **argument(field))
     return p
 
 
@@ -1999,6 +2057,11 @@ def main(argv=None):
     profile_device.keep_memory()                  # a fifth faster in training on CPU as well
     try:
         args = parser().parse_args(argv)
+        if args.stage is True:
+            print(listed_stages())
+            return 0
+        if args.stage is None:
+            raise InputError("no stage is given: --stage all runs them in order, --stage alone lists them, --help says more")
         config = configuration(args)
         if args.threads is not None:
             if not 1 <= args.threads <= 1024:
