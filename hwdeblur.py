@@ -1165,8 +1165,7 @@ def random_nets(table, base, shape, count, rng):
 def whole_net_ms(target, entries, device, hub):
     """{name: (deployed net, shape)} -> {name: measured ms, None where the target measures no whole net}."""
     if target == "local":
-        times = profile_device.time_together(entries, device, rounds=8, warmup=1)
-        return {name: statistics.median(ms) for name, ms in times.items()}
+        return profile_device.settled(profile_device.time_together(entries, device, rounds=8, warmup=1))
     if target == "qai-hub":
         entries = {name: (net.cpu(), shape) for name, (net, shape) in entries.items()}
         found = profile_device.profile_hub(entries, **(hub or {}))

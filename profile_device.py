@@ -73,6 +73,17 @@ def time_together(entries, device="cpu", rounds=20, warmup=3):
     return times
 
 
+def settled(times):
+    """{name: [ms, one per round]} -> {name: median ms, once the pace of each round is divided out}.
+
+    A round's pace is the median, over the names, of its time over the name's own median: where a machine
+    slows down it does so under all alike, and that tells nothing about any one of them.
+    """
+    middle = {name: statistics.median(ms) for name, ms in times.items()}
+    paces = [statistics.median(ms / m for ms, m in zip(turn, middle.values())) for turn in zip(*times.values())]
+    return {name: statistics.median(t / pace for t, pace in zip(ms, paces)) for name, ms in times.items()}
+
+
 def keep_memory():
     """Make the C library keep freed memory: a freed block of 31 MiB raises glibc's dynamic threshold.
 
@@ -147,7 +158,7 @@ def local_timing(net, blocks, frame, deploy, device, rounds):
     """Times on `device`; equal (block type, shape) share one."""
     keys, entries = distinct_modules(net, blocks, frame, deploy, device)
     times = time_in_place(keys, entries, device, rounds)
-    ms = {name: statistics.median(samples) for name, samples in times.items()}
+    ms = settled(times)
     sites = {site: [ms[key] for key in row] for site, row in keys.items()}
     return {**machine(device), "sites": sites, "base_ms": ms["net"],
             "rest_ms": ms["net"] - sum(row[0] for row in sites.values()),
@@ -570,9 +581,8 @@ def operators(channels):
 def operator_times(entries, args):
     """{name: (module, shape)} -> ({name: ms or None}, where they were measured, remarks)."""
     if args.target == "local":
-        times = time_together(entries, args.device)
         where = machine(args.device)
-        return {name: statistics.median(ms) for name, ms in times.items()}, f"{where['device']}, {where['runtime']}", []
+        return settled(time_together(entries, args.device)), f"{where['device']}, {where['runtime']}", []
     found = profile_hub(entries, args.hub_device, args.hub_runtime, args.jobs, args.force)
     modules = {f"{name} {'x'.join(map(str, shape[1:]))}": found[name, shape] for name, shape in entries}
     return ({name: result["ms"] for name, result in found.items()}, f"{args.hub_device}, {args.hub_runtime}",
