@@ -916,6 +916,19 @@ class AIHub(unittest.TestCase):
             refused("profile_jobs.json is damaged")
         self.assertEqual(self.hub.jobs, [])
 
+    def test_the_examples_of_the_readme(self):
+        names = {}
+        with contextlib.chdir(self.folder):
+            for example in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL):
+                exec(example, names)
+        conv = blocks.RepConv(32)
+        merged = blocks.count_params(conv.rep[0].conv3x3) + blocks.count_params(conv.project) + conv.scale.numel()
+        self.assertEqual(names["result"]["ms"], (merged + 10 * 32 * 256 ** 2) / 1000)
+        self.assertEqual([type(b) for b in names["small"].blocks().values()],
+                         [blocks.RepConv, blocks.NAFBlock, blocks.NAFBlock, blocks.NAFBlock, blocks.GatedBN])
+        costs = [sum((4, 2, 1)[o] for o in e.options) for e in names["front"]]
+        self.assertEqual((min(costs), max(costs)), (6, 24))
+
     def test_a_profile_without_a_time_is_refused(self):
         self.assertEqual(profile_device.parse_profile({"execution_summary": {"estimated_inference_time": 1234}}), 1.234)
         for profile in ({}, {"execution_summary": {}}, {"execution_summary": {"estimated_inference_time": 0}}):
@@ -1613,6 +1626,15 @@ class Project(unittest.TestCase):
         sections = re.findall(r"^# -{10,} (.+)$", (HERE / "hwdeblur.py").read_text(), re.MULTILINE)
         listed = re.findall(r"^    (\S.+?) {2,}\S", hwdeblur.__doc__.split("in order:")[1], re.MULTILINE)
         self.assertEqual(listed, sections)
+
+    def test_every_function_that_the_readme_names_exists(self):
+        text, modules = (HERE / "README.md").read_text(), {m.__name__: m for m in (blocks, search, profile_device, hwdeblur)}
+        paper_map = text.split("| paper | here |")[1].split("| file |")[0].strip().splitlines()[1:]
+        self.assertGreater(len(paper_map), 10)
+        for row in paper_map:
+            self.assertRegex(row, rf"`({'|'.join(modules)})\.\w+`")
+        for module, name in re.findall(rf"`({'|'.join(modules)})\.(?!py\b)(\w+)`", text):
+            self.assertTrue(hasattr(modules[module], name), f"{module}.{name}")
 
     def test_leaf_files_stand_alone(self):
         allowed = {"blocks.py": {"torch"}, "search.py": {"numpy", "scipy"}, "profile_device.py": {"torch", "qai_hub"}}
