@@ -1415,9 +1415,9 @@ def sums_text(metrics):
                        f"{row['predicted_ms'] / row['measured_ms'] - 1:+.1%}"] for row in sums["rows"]])]
 
 
-# Okabe & Ito's colours, apart for every kind of colour vision; shapes and widths differ as well, for print.
-INK, GREY, SKY, BLUE, ORANGE, GREEN = "#222222", "#b0b0b0", "#56b4e9", "#0072b2", "#d55e00", "#009e73"
-ZOOM = 2                                          # pictures are drawn at twice their size, then averaged down
+# Okabe & Ito's colours, apart for every kind of colour vision; shapes, dashes and lightness differ as well, for print.
+INK, GREY, SKY, BLUE, ORANGE = "#222222", "#b0b0b0", "#56b4e9", "#0072b2", "#d55e00"
+ZOOM = 4                                          # pictures are drawn four times as large as laid out, then halved
 
 
 class Plot(NamedTuple):
@@ -1434,18 +1434,28 @@ class Plot(NamedTuple):
         return left + x * (right - left), bottom - y * (bottom - top)
 
 
-def marker(draw, kind, x, y, r, colour):
-    """A dot, square, ring, diamond or line of radius r pixels."""
-    if kind == "diamond":
-        draw.polygon([(x, y - 1.4 * r), (x + 1.4 * r, y), (x, y + 1.4 * r), (x - 1.4 * r, y)], fill=colour, outline="white")
+def marker(draw, kind, x, y, size, colour):
+    """A dot, ring, square (hollow) or diamond of radius `size`, hollow in white, or a line in dashes of `size`."""
+    if kind == "line":
+        dashes(draw, [(x - 22 * ZOOM, y), (x + 22 * ZOOM, y)], size, colour)
+    elif kind in ("diamond", "hollow"):
+        fill, outline = (colour, "white") if kind == "diamond" else ("white", colour)
+        draw.regular_polygon((x, y, size), 4, 45, fill=fill, outline=outline, width=2 * ZOOM)
     elif kind == "square":
-        draw.rectangle((x - r, y - r, x + r, y + r), fill=colour, outline="white")
-    elif kind == "ring":
-        draw.ellipse((x - r, y - r, x + r, y + r), outline=colour, width=max(2, r // 3))
-    elif kind == "line":
-        draw.line((x - 6 * ZOOM, y, x + 6 * ZOOM, y), fill=colour, width=int(r))
+        draw.rectangle((x - size, y - size, x + size, y + size), "white", colour, 2 * ZOOM)
     else:
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+        draw.circle((x, y), size, None if kind == "ring" else colour, colour, 2 * ZOOM)
+
+
+def dashes(draw, points, dash, colour):
+    """A line through points, each right of, above or below the one before; dash: lengths on and off, width."""
+    on, off, width = (ZOOM * value for value in dash)
+    xy = np.array(points)
+    length = np.concatenate([[0], np.abs(np.diff(xy, axis=0)).sum(1).cumsum()])          # up to each point
+    for start in np.arange(0, length[-1], on + off):
+        end = min(start + on, length[-1])
+        stops = [start, *length[(length > start) & (length < end)], end]
+        draw.line([tuple(np.interp(stop, length, column) for column in xy.T) for stop in stops], colour, int(width), "curve")
 
 
 def ticks(low, high, most=6):
@@ -1463,14 +1473,14 @@ def draw_axes(draw, plot, x_label, y_label):
     for value in ticks(*plot.x):
         x = plot.at({"latency_ms": value, "loss_db": 0})[0]
         draw.line((x, top, x, bottom), fill="#eeeeee", width=ZOOM)
-        draw.text((x, bottom + 8 * ZOOM), f"{value:g}", INK, small, anchor="ma")
+        draw.text((x, bottom + 8 * ZOOM), f"{value:.7g}", INK, small, anchor="ma")
     for value in ticks(*plot.y):
         y = plot.at({"latency_ms": 0, "loss_db": value})[1]
         draw.line((left, y, right, y), fill="#eeeeee", width=ZOOM)
-        draw.text((left - 8 * ZOOM, y), f"{value:.3g}", INK, small, anchor="rm")
+        draw.text((left - 8 * ZOOM, y), f"{value:.7g}", INK, small, anchor="rm")
     draw.rectangle(plot.box, outline=INK, width=ZOOM)
-    draw.text(((left + right) / 2, bottom + 52 * ZOOM), x_label, INK, font, anchor="mm")
-    draw.text((left, top - 24 * ZOOM), y_label, INK, font, anchor="lm")
+    draw.text(((left + right) / 2, bottom + 44 * ZOOM), x_label, INK, font, anchor="mm")
+    draw.text((left, top - 22 * ZOOM), y_label, INK, font, anchor="lm")
 
 
 def staircase(plot, members):
@@ -1483,74 +1493,121 @@ def staircase(plot, members):
     return [plot.at(corner) for corner in corners]
 
 
+def plot_of(rows, losses):
+    """The Plot of all latencies of rows and the losses_db that must be seen, by whatever they are apart."""
+    xs = [row["latency_ms"] for row in rows]
+    low, high = min(0.0, *losses), max(1.5 * max(losses), 0.1)
+    x_margin, y_margin = 0.06 * max(np.ptp(xs), 0.1 * max(xs)), 0.08 * (high - low)
+    return Plot((80 * ZOOM, 45 * ZOOM, 868 * ZOOM, 500 * ZOOM), (min(xs) - x_margin, max(xs) + x_margin),
+                (low - y_margin, high))
+
+
 def pareto_picture(found, tuned):
     """The search as a PIL image: PSNR loss over predicted latency; how its front grew, base, candidates, chosen."""
-    rows = found["evaluations"]
+    rows, picked = found["evaluations"], tuned["candidates"][tuned["picked"]]
+    after = {**picked, "loss_db": found["base_val_db"] - picked["val_after_db"]}
     Y = np.array([(row["loss_db"], row["penalty"]) for row in rows])
     design = min(len(rows), search.INITIAL + 2)
-    counts = (design, (design + len(rows)) // 2, len(rows))
+    counts = sorted({design, (design + len(rows)) // 2, len(rows)})
     fronts = [[rows[i] for i in front_of(Y[:n])] for n in counts]
-    xs, losses = [row["latency_ms"] for row in rows], [row["loss_db"] for row in fronts[-1]]
-    top, margin = max(1.5 * max(losses), 0.1), 0.04 * (np.ptp(xs) or 1)
-    plot = Plot((90 * ZOOM, 50 * ZOOM, 870 * ZOOM, 520 * ZOOM), (min(xs) - margin, max(xs) + margin),
-                (min(0.0, *losses) - 0.06 * top, top))
-    image = Image.new("RGB", (900 * ZOOM, 600 * ZOOM), "white")
-    draw, r = ImageDraw.Draw(image), 5 * ZOOM
-    draw_axes(draw, plot, "predicted latency of the whole net, ms",
-              "PSNR loss against the base net on validation, dB (lower left is better)")
-    shown_rows = [row for row in rows if row["loss_db"] <= top]
-    for row in shown_rows:
-        marker(draw, "dot", *plot.at(row), r * 0.7, GREY)
-    lines = list(zip((SKY, GREEN, BLUE), (1, 2, 3), fronts, counts))
-    for colour, width, members, _ in lines:
-        draw.line(staircase(plot, [row for row in members if row["loss_db"] <= top]), fill=colour, width=width * ZOOM)
-    groups = [("dot", BLUE, "final front", fronts[-1], r), ("ring", INK, "knee candidates", tuned["candidates"], 2 * r),
-              ("square", INK, "base net", rows[:1], 1.4 * r),
-              ("diamond", ORANGE, "chosen (before fine-tuning)", [tuned["candidates"][tuned["picked"]]], 1.5 * r)]
-    for kind, colour, _, members, size in groups:
-        for row in members:
-            marker(draw, kind, *plot.at(row), int(size), colour)
-    draw_legend(draw, plot, [("dot", GREY, f"scored ({len(rows)}, {len(rows) - len(shown_rows)} above the plot)", r * 0.7)]
-                + [("line", colour, f"front after {n}", width * ZOOM) for colour, width, _, n in lines]
-                + [(kind, colour, label, size) for kind, colour, label, _, size in groups])
-    return image.resize((900, 600), Image.LANCZOS)
+    plot = plot_of(rows, [row["loss_db"] for row in (*fronts[-1], after)])
+    below = [row for row in rows if row["loss_db"] <= plot.y[1]]
+    image = Image.new("RGB", (900 * ZOOM, 650 * ZOOM), "white")
+    draw, r = ImageDraw.Draw(image), 4 * ZOOM
+    draw_axes(draw, plot, "predicted latency of the whole net, ms", "PSNR loss on validation, dB, "
+              f"against the base net's {found['base_val_db']:.2f} dB (lower left is better)")
+    styles = list(zip(((2, 4, 2), (9, 5, 2.5), (1e6, 0, 2.5)), (SKY, BLUE, INK)))[-len(counts):]
+    groups = [("dot", GREY, 0.8 * r, f"scored ({len(rows) - len(below)} of {len(rows)} are above)", below),
+              *(("line", colour, dash, f"front after {n} scored", front)
+                for (dash, colour), n, front in zip(styles, counts, fronts)),
+              ("dot", INK, r, "final front", fronts[-1]), ("ring", INK, 3.4 * r, "knee candidates", tuned["candidates"]),
+              ("square", INK, 1.6 * r, "base net", rows[:1]),
+              ("diamond", ORANGE, 2.4 * r, "chosen, before fine-tuning", [picked]),
+              ("hollow", ORANGE, 2.4 * r, "chosen, after fine-tuning", [after])]
+    for kind, colour, size, _, members in groups:
+        if kind == "line":
+            dashes(draw, staircase(plot, [row for row in members if row["loss_db"] <= plot.y[1]]), size, colour)
+        for row in members if kind != "line" else ():
+            marker(draw, kind, *plot.at(row), size, colour)
+    draw_legend(draw, plot, groups)
+    draw_label(image, plot, picked, f"chosen\n{picked['latency_ms']:.4g} ms, {picked['loss_db']:.2f} dB\n"
+               f"fine-tuned: {after['loss_db']:.2f} dB")
+    draw_label(image, plot, rows[0], f"base\n{rows[0]['latency_ms']:.4g} ms, {rows[0]['loss_db']:.2f} dB")
+    return image.reduce(2)
 
 
-def draw_legend(draw, plot, entries):
-    """(kind, colour, label, size) entries at the top right."""
-    right, top, font = plot.box[2], plot.box[1], ImageFont.load_default(15 * ZOOM)
-    draw.rectangle((right - 300 * ZOOM, top + 6 * ZOOM, right - 6 * ZOOM, top + (14 + 24 * len(entries)) * ZOOM), fill="white")
-    for i, (kind, colour, label, size) in enumerate(entries):
-        y = top + (22 + 24 * i) * ZOOM
-        marker(draw, kind, right - 280 * ZOOM, y, int(size), colour)
-        draw.text((right - 262 * ZOOM, y), label, INK, font, anchor="lm")
+def draw_legend(draw, plot, groups):
+    """(kind, colour, size, label, members) groups below the axis, in three columns."""
+    (left, _, right, bottom), font = plot.box, ImageFont.load_default(15 * ZOOM)
+    for i, (kind, colour, size, label, _) in enumerate(groups):
+        x, y = left + (22 * ZOOM + i // 3 * (right - left) / 3), bottom + (84 + i % 3 * 26) * ZOOM
+        marker(draw, kind, x, y, size, colour)
+        draw.text((x + 30 * ZOOM, y), label, INK, font, anchor="lm")
 
 
-def samples_picture(pairs, base, chosen, device, count=4, crop=96, zoom=3):
-    """Blurred, base, chosen and sharp crops side by side, where the blur costs most; PSNR below each."""
-    titles, gap, side = ("blurred", "base net", "chosen net", "sharp"), 12, crop * zoom
+def draw_label(image, plot, row, text):
+    """Text beside a configuration, inside the plot, where it covers the least of what is drawn."""
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15 * ZOOM)
+    (x, y), (left, top, right, bottom) = plot.at(row), plot.box
+    pad = 6 * ZOOM
+    width, height = (side + 2 * pad for side in draw.textbbox((0, 0), text, font)[2:])
+    boxes = []
+    for gap in (8 * ZOOM, 18 * ZOOM, 34 * ZOOM, 58 * ZOOM):
+        for i, j in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1)):
+            x0 = np.clip(x + i * (width / 2 + gap) - width / 2, left + ZOOM, right - ZOOM - width)
+            y0 = np.clip(y + j * (height / 2 + gap) - height / 2, top + ZOOM, bottom - ZOOM - height)
+            boxes.append((int(x0), int(y0), int(x0 + width), int(y0 + height)))
+    best = min(boxes, key=lambda box: (np.asarray(image.crop(box).convert("L")) < 200).sum())
+    draw.text((best[0] + pad, best[1] + pad), text, INK, font, stroke_width=2 * ZOOM, stroke_fill="white")
+
+
+def samples_picture(pairs, base, chosen, device, count=4, side=224):
+    """A row per test pair: the blurred picture, and blurred, base, chosen and sharp crops of it, `side` pixels large."""
+    titles = ("whole picture, blurred", "blurred", "base net", "chosen net", "sharp")
     picks = [load_pair(pairs[i]) for i in np.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().astype(int)]
-    canvas = Image.new("RGB", (gap + 4 * (side + gap), 40 + len(picks) * (side + 40)), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(18)
+    gap, row_side = 12, side + 38
+    canvas = Image.new("RGB", (gap + 5 * (side + gap), 38 + len(picks) * row_side), "white")
+    draw, font, small = ImageDraw.Draw(canvas), ImageFont.load_default(18), ImageFont.load_default(15)
     for column, title in enumerate(titles):
-        draw.text((gap + column * (side + gap) + side // 2, 22), title, INK, font, anchor="mm")
+        draw.text((gap + column * (side + gap) + side / 2, 20), title, INK, font, anchor="mm")
     for line, (sharp, blur) in enumerate(picks):
         target = as_batch([sharp], device)
         images = [as_batch([blur], device), restore(base, blur, device), restore(chosen, blur, device), target]
-        top, left, size = worst_window((images[0] - target).square().mean((0, 1)), crop)
-        for column, image in enumerate(images):
-            x, y = gap + column * (side + gap), 40 + line * (side + 40)
-            patch = image[0, :, top:top + size, left:left + size].permute(1, 2, 0).mul(255).byte().cpu().numpy()
-            canvas.paste(Image.fromarray(patch).resize((side, side), Image.BICUBIC), (x, y))
-            label = "reference" if column == 3 else f"{psnr(image, target).item():.2f} dB (whole image)"
-            draw.text((x + side // 2, y + side + 18), label, INK, font, anchor="mm")
+        window = worst_window(torch.cat(images).var(0).mean(0), min(128, (min(sharp.shape[-2:]) + 1) // 2))
+        parts = [image[..., window[0]:window[0] + window[2], window[1]:window[1] + window[2]] for image in images]
+        cells = [framed(images[0], window, side), *(enlarged(crop, side) for crop in parts)]
+        labels = ["PSNR, dB: whole (crop)", *(f"{psnr(image, target):.2f} ({psnr(crop, parts[3]):.2f})"
+                                               for image, crop in zip(images[:3], parts)), "reference"]
+        for column, (cell, label) in enumerate(zip(cells, labels)):
+            x, y = gap + column * (side + gap), 38 + line * row_side
+            canvas.paste(cell, (x + (side - cell.width) // 2, y + (side - cell.height) // 2))
+            draw.text((x + side / 2, y + side + 17), label, INK, small, anchor="mm")
     return canvas
 
 
+def enlarged(image, side):
+    """(1, 3, H, W) in [0, 1] -> a PIL image whose longer side has `side` pixels."""
+    pixels = image[0].permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
+    return ImageOps.contain(Image.fromarray(pixels), (side, side), Image.BICUBIC)
+
+
+def framed(image, window, side):
+    """`enlarged`, with a frame around window (top, left, size)."""
+    picture = enlarged(image, side)
+    scale = side / max(image.shape[-2:])
+    top, left, size = (round(scale * value) for value in window)
+    size = max(size, 4)                           # of a very long picture
+    draw = ImageDraw.Draw(picture)
+    for out, colour in ((2, "white"), (0, INK)):
+        draw.rectangle((left - out, top - out, left + size - 1 + out, top + size - 1 + out), outline=colour, width=2)
+    return picture
+
+
 def worst_window(error, crop):
-    """(top, left, side) of the window of (H, W) with the largest mean error."""
+    """(top, left, side) of the window of (H, W) with the largest error, its middle counting most."""
     size = min(crop, *error.shape)
-    mean = F.avg_pool2d(error[None, None], size, stride=1)[0, 0]
+    half = (size + 1) // 2                        # two means in a row weigh like a pyramid
+    mean = F.avg_pool2d(F.avg_pool2d(error[None, None], half, stride=1), size + 1 - half, stride=1)[0, 0]
     top, left = divmod(int(mean.argmax()), mean.shape[1])
     return top, left, size
 
@@ -1565,7 +1622,7 @@ def stage_report(config, pairs, art, device):
 
 def png(image):
     stream = io.BytesIO()
-    image.save(stream, "PNG")
+    image.save(stream, "PNG", dpi=(300, 300))
     return stream.getvalue()
 
 

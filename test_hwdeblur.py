@@ -1151,6 +1151,64 @@ class Report(unittest.TestCase):
         self.assertIn("| 6.00 ", hwdeblur.site_table(art, "ABC"))
 
 
+class Pictures(unittest.TestCase):
+    def test_any_search_gives_a_picture_with_its_nets_in_it(self):
+        """One, two and five evaluations, equal latencies, gains, numbers huge and tiny."""
+        for name, points in {"one": [(100, 0)], "two": [(100, 0), (50, 1.5)],
+                             "five": [(180, 0), (60, 5), (120, .5), (150, 1), (90, 2)], "equal": [(100, .1 * i) for i in range(30)], "gains": [(180 - 10 * i, -.1 * i) for i in range(8)],
+                             "huge": [(2e6 - 1e5 * i, 2.0 * i * i) for i in range(12)],
+                             "tiny": [(2e-4 - 1e-5 * i, 1e-6 * i) for i in range(12)]}.items():
+            rows = [{"latency_ms": ms, "penalty": ms, "loss_db": db} for ms, db in points]
+            tuned = {"candidates": [{**rows[-1], "val_after_db": 30.0}], "picked": 0}
+            picture = hwdeblur.pareto_picture({"evaluations": rows, "base_val_db": 30.0}, tuned)
+            plot = np.array(picture)[:1000].astype(int)                # above the legend
+            reddish = (plot[..., 0] - plot[..., 2] > 150).sum()
+            self.assertGreater(reddish, 100, name)
+            self.assertLess(len(hwdeblur.png(picture)), 300_000, name)
+
+    def test_fronts_differ_in_grey_print(self):
+        grey = [Image.new("RGB", (1, 1), colour).convert("L").getpixel((0, 0))
+                for colour in (hwdeblur.SKY, hwdeblur.BLUE, hwdeblur.INK)]
+        self.assertGreater(min(a - b for a, b in zip([255, *grey], grey)), 45)
+        image = Image.new("L", (800, 400), 255)
+        hwdeblur.dashes(hwdeblur.ImageDraw.Draw(image), [(0, 100), (400, 100), (400, 300), (800, 300)], (9, 5, 2.5), 0)
+        share = [(np.asarray(image)[:, part] < 128).any(0).mean() for part in (slice(0, 390), slice(410, 800))]
+        for each in share:
+            self.assertAlmostEqual(each, 9 / 14, delta=0.08)
+
+    def test_a_label_hides_nothing_where_there_is_room(self):
+        box, zoom = (0, 0, 2000, 2000), hwdeblur.ZOOM
+        plot, image = hwdeblur.Plot(box, (0, 1), (0, 1)), Image.new("RGB", box[2:], "white")
+        draw = hwdeblur.ImageDraw.Draw(image)
+        draw.rectangle((990, 0, 1999, 1999), fill="black")             # room to the left alone
+        draw.rectangle((0, 0, 999, 800), fill="black")
+        before = np.array(image)
+        hwdeblur.draw_label(image, plot, {"latency_ms": 0.5, "loss_db": 0.5}, "net\n12.3 ms")
+        after = np.array(image)
+        self.assertTrue((after[before < 200] == before[before < 200]).all())
+        inked = np.argwhere((after != before).any(-1))
+        self.assertGreater(len(inked), 100 * zoom)
+        self.assertLess(abs(inked.mean(0) - 1000).max(), 120 * zoom)
+
+    def test_samples_show_the_pixels_of_the_window_that_differs(self):
+        blur = torch.randint(0, 256, (3, 16, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        sharp = blur.clone()
+        sharp[:, 9, 15] = 255 - blur[:, 9, 15]
+        picture = np.array(hwdeblur.samples_picture([(sharp, blur)], nn.Identity(), nn.Identity(), "cpu", side=8))
+        windows = [picture[38:46, x:x + 8] for x in (32, 52, 72, 92)]
+        changed = np.argwhere((windows[3] != windows[0]).any(-1))
+        self.assertEqual(len(changed), 1)
+        self.assertLessEqual(abs(changed[0] - 3.5).max(), 0.5)         # in the middle
+        top, left = np.array((9, 15)) - changed[0]
+        for got, image in zip(windows, (blur, blur, blur, sharp)):
+            np.testing.assert_array_equal(got, image[:, top:top + 8, left:left + 8].permute(1, 2, 0))
+
+    def test_samples_of_any_sizes(self):
+        pairs = [(images(3, *size).mul(255).byte(),) * 2 for size in ((11, 11), (11, 900), (300, 90), (48, 48), (64, 65))]
+        picture = hwdeblur.samples_picture(pairs, nn.Identity(), nn.Identity(), "cpu")
+        self.assertEqual(picture.size, (12 + 5 * 236, 38 + 4 * 262))
+
+
 class Resume(unittest.TestCase):
     def test_training_cut_off_anywhere_goes_on_bit_for_bit(self):
         def batch_at(step):
