@@ -1309,21 +1309,24 @@ def adapted_text(config, tuned):
     return "\n\n".join(parts) + "\n"
 
 
-def site_table(art, names):
-    """The chosen net site by site: how salient, what the swap gains in ms, what it costs in dB -> Markdown.
+def site_section(art, names):
+    """The chosen net site by site, in words and as a table -> Markdown parts.
 
     Gain and cost: the candidate as it was scored, before fine-tuning, with this one swap taken back.
     """
-    scores, table, tuned = art["saliency"]["scores"], art["profile"], art["finetune"]
-    back = (art["search"].get("taken_back") or [{}] * len(tuned["candidates"]))[tuned["picked"]]
-    rows, sites = [], list(tuned["choice"])
-    for site, option in tuned["choice"].items():
-        rank = statistics.fmean(1 + sum(abs(row[s]) > abs(row[site]) for s in sites) for row in scores.values())
-        ms, cost = table["sites"][site], back.get("cost_db", {}).get(site)
-        saved = back.get("saved_ms", {}).get(site, ms[0] - ms[option])
-        rows.append([site, f"{rank:.2f}", f"{ms[0]:.2f}", f"{option} {names[option]}", f"{ms[option]:.2f}",
-                     f"{saved:.2f}" if option else "", "" if cost is None else f"{cost:+.2f}"])
-    return markdown(["site", "saliency rank", "base ms", "choice", "ms", "gained ms", "cost dB"], rows)
+    scores, table, tuned = art["saliency"]["scores"], art["profile"]["sites"], art["finetune"]
+    back, choice, lines, rows = art["search"]["taken_back"][tuned["picked"]], tuned["choice"], [], []
+    for site, option in choice.items():
+        rank = statistics.fmean(1 + sum(abs(row[s]) > abs(row[site]) for s in choice) for row in scores.values())
+        saved, cost = (back[key].get(site, 0.0) for key in ("saved_ms", "cost_db"))
+        lines.append(f"- {site}: {names[option]} in place of {names[0]}, {-saved:+.2f} ms, {-cost:+.2f} dB" if option
+                     else f"- {site}: {names[0]} stays")
+        rows.append([site, f"{rank:.2f}", f"{table[site][0]:.2f}", f"{option} {names[option]}", f"{table[site][option]:.2f}"]
+                    + ([f"{saved:.2f}", f"{cost:+.2f}"] if option else ["", ""]))
+    return ["## The chosen net, site by site", "\n".join(lines),
+            markdown(["site", "saliency rank", "base ms", "choice", "ms", "gained ms", "cost dB"], rows),
+            "What each swap alone gains in predicted latency of the net and costs in PSNR on validation, before fine-tuning: "
+            "measured by taking it back. Saliency rank: among the sites, mean over the six measures; 1 is the most salient."]
 
 
 def gain_words(metrics):
@@ -1346,50 +1349,100 @@ def left_out(diverged):
 
 
 def report_text(config, art):
-    """report.md: this run's tables beside the paper's rows."""
-    table, found, metrics, tuned = art["profile"], art["search"], art["evaluate"], art["finetune"]
-    scores, ranks, kept = art["saliency"]["scores"], art["saliency"]["mean_ranks"], art["saliency"]["critical"]
-    stage = {m: {s: sum(v for site, v in row.items() if site.split(".")[0] == s) for s in ranks} for m, row in scores.items()}
-    names = [block.__name__ for block in blocks.BLOCKS]
+    """report.md: the run as a results section, its tables beside the paper's rows."""
+    metrics, names = art["evaluate"], [block.__name__ for block in blocks.BLOCKS]
     parts = [
-        "# What did I gain", gain_table(metrics), gain_words(metrics),
+        "# What did I gain", gain_words(metrics), gain_table(metrics),
         f"{metrics['test_pairs']} test pairs ({config.data or 'made'}); frame {config.frame[0]}x{config.frame[1]}. "
         f"{metrics['protocol']} Test images took no part in training, search or selection.",
-        "## Table 1: saliency per stage", markdown(
-            ["stage", *stage, "mean rank"],
-            [[s + (" (kept)" if s in kept else ""), *(f"{stage[m][s]:.3g}" for m in stage), f"{ranks[s]:.2f}"] for s in ranks]),
-        markdown(["published", *PAPER_TABLE_1["columns"]], [[s, *(f"{v:g}" for v in row)] for s, row in PAPER_TABLE_1.items() if s != "columns"]),
-        "Published: Enc3 is kept, with the best mean rank (1.33; the next is 3.83).",
-        "## Table 2: latency of each option, ms", markdown(
-            ["site", *(f"{i} {n}" for i, n in enumerate(names))],
-            [[site, *("unavailable" if ms is None else f"{ms:.2f}" for ms in row)] for site, row in table["sites"].items()]
-            + [["published", *(f"{ms:.0f}" for ms in profile_device.PAPER_BLOCK_MS), *[""] * len(names)][:len(names) + 1]]),
-        measured_on(table),
-        "## Front and candidates",
-        f"{len(found['evaluations'])} configurations scored, {len(found['front'])} on the front. Candidates lie furthest "
-        f"below the chord of the front; picked: {config.pick}.",
-        markdown(["candidate", "options", "loss before, dB", "val PSNR before", "after", "predicted ms"],
-                 [[f"{n + 1}" + (" (chosen)" if n == tuned["picked"] else ""), " ".join(map(str, c["options"])),
-                   f"{c['loss_db']:.2f}", f"{c['val_before_db']:.2f}", f"{c['val_after_db']:.2f}", f"{c['latency_ms']:.1f}"]
-                  for n, c in enumerate(tuned["candidates"])]),
-        *left_out(art.get("distill", {}).get("diverged", [])),
-        "![front](pareto.png)",
-        "## Table 3: base and chosen, beside the published rows", markdown(
-            ["", "params, M", "MB", "ms", "PSNR dB", "SSIM"],
-            [[n, f"{metrics[n]['params'] / 1e6:.3f}", f"{metrics[n]['mb']:.2f}",
-              "not measured" if metrics[n]["latency_ms"] is None else f"{metrics[n]['latency_ms']:.1f}",
-              f"{metrics[n]['psnr_db']:.2f}", f"{metrics[n]['ssim']:.4f}"] for n in ("base", "chosen")]
-            + [["NAFNet, published (GoPro, S24 Ultra)", "17.112", "107", "177", "35.80", "0.980"],
-               ["Ours, published (GoPro, S24 Ultra)", "17.110", "106", "147", "33.76", "0.942"]]),
-        *test_tables(metrics["tests"], {n: metrics[n]["gmacs"] for n in ("base", "chosen")}, config.frame),
-        "## The chosen net, site by site", site_table(art, names),
-        "Saliency rank: the site's rank among the sites, mean over the six measures; 1 is the most salient. Cost: PSNR "
-        "on validation, before fine-tuning, that this swap alone costs; gain: the predicted latency that it saves.",
-        "## Do the sums hold?", *sums_text(metrics),
         "![samples](samples.png)",
-        f"Seed {config.seed}; torch {torch.__version__}, numpy {np.__version__}, python {platform.python_version()}.",
-    ]
+        *saliency_section(art["saliency"]), *latency_section(art["profile"], names), *front_section(config, art),
+        *nets_section(config, art),
+        *test_tables(metrics["tests"], {n: metrics[n]["gmacs"] for n in ("base", "chosen")}, config.frame),
+        *site_section(art, names), "## Do the sums hold?", *sums_text(metrics), *made_section(config, art.get("seconds", {}))]
     return "\n\n".join(parts) + "\n"
+
+
+def saliency_section(saliency):
+    """Table 1: this run's saliency per stage, then the published one."""
+    ranks, kept = saliency["mean_ranks"], saliency["critical"]
+    first, second = sorted(ranks, key=ranks.get)[:2]
+    sums = [{s: sum(v for site, v in row.items() if site.split(".")[0] == s) for s in ranks} for row in saliency["scores"].values()]
+    measures, *paper = PAPER_TABLE_1.items()
+    paper_ranks = blocks.mean_ranks({m: {stage: row[i] for stage, row in paper} for i, m in enumerate(measures[1])})
+    return ["## Table 1: saliency per stage",
+            f"{first} has the best mean rank over the six measures, {ranks[first]:.2f}; next is {second}, {ranks[second]:.2f}. "
+            f"So {' '.join(kept)} stays as it is, and the other {len(saliency['sites'])} blocks are the sites of the search. In the paper: "
+            "enc3, 1.33; next is dec1, 3.83.",
+            markdown(["stage", *saliency["scores"], "mean rank"], [
+                [s + (" (critical)" if s in kept else ""), *(f"{row[s]:.3g}" for row in sums), f"{ranks[s]:.2f}"] for s in ranks]),
+            markdown(["published", *measures[1], "mean rank"], [
+                [s + (" (critical)" if s == "enc3" else ""), *(f"{v:g}" for v in row), f"{paper_ranks[s]:.2f}"] for s, row in paper])]
+
+
+def latency_section(table, names):
+    """Table 2: milliseconds of every option at every site, then the published row."""
+    sites, published = table["sites"], [f"{ms:.0f}" for ms in profile_device.PAPER_BLOCK_MS]
+    fastest = [min((k for k, ms in enumerate(row) if ms is not None), key=row.__getitem__) for row in sites.values()]
+    best = statistics.mode(fastest)
+    rows = [[site, *("unavailable" if ms is None else f"{ms:.2f}" for ms in row)] for site, row in sites.items()]
+    return ["## Table 2: latency of each option, ms",
+            f"{names[best]} is the fastest option at {fastest.count(best)} of {len(sites)} sites. {measured_on(table)}",
+            markdown(["site", *(f"{i} {n}" for i, n in enumerate(names))],
+                     [*rows, ["published, every site", *published, *[""] * len(names)][:len(names) + 1]])]
+
+
+def front_section(config, art):
+    """How the front came about, and why these candidates."""
+    found, table, diverged = art["search"], art["profile"], art["distill"]["diverged"]
+    penalty, rows = penalties(table, found["sites"], diverged), found["evaluations"]
+    scored = [search.evaluated(row["options"], row["loss_db"], penalty) for row in rows]
+    Y, ref = np.array([e[1:] for e in scored]), search.default_ref(scored, penalty)
+    below = dict(zip(found["front"], search.below_chord(Y[found["front"]])))
+    return ["## The front",
+            f"{len(rows)} of {math.prod(map(len, search.available(penalty))):,} configurations were scored; {len(found['front'])} are on "
+            f"the front. Hypervolume {search.hypervolume(Y, ref):.3f} below {ref[0]:.2f} dB and {ref[1]:.2f} of the base blocks' latency.",
+            *left_out(diverged), "![front](pareto.png)",
+            "Candidates are the configurations of the front, other than the base, furthest below the chord between its ends, with both "
+            f"axes scaled to 1: by {', '.join(f'{below[i]:.2f}' for i in found['knee'])}. Picked after fine-tuning: {config.pick}."]
+
+
+def nets_section(config, art):
+    """Table 3: base and every candidate before and after fine-tuning; figures on test for base and chosen; published rows."""
+    metrics, tuned, found = art["evaluate"], art["finetune"], art["search"]
+    rows = [["base", " ".join("0" for _ in found["sites"]), *test_cells(metrics["base"]), f"{metrics['base']['predicted_ms']:.1f}",
+             f"{found['base_val_db']:.2f}", ""]]
+    for n, candidate in enumerate(tuned["candidates"]):
+        chosen = n == tuned["picked"]
+        rows.append([f"candidate {n + 1}" + (" (chosen)" if chosen else ""), " ".join(map(str, candidate["options"])),
+                     *(test_cells(metrics["chosen"]) if chosen else [""] * 5), f"{candidate['latency_ms']:.1f}",
+                     f"{candidate['val_before_db']:.2f}", f"{candidate['val_after_db']:.2f}"])
+    published = [["NAFNet, published (GoPro, S24 Ultra)", "", "17.112", "107", "177", "35.80", "0.980", "", "", ""],
+                 ["Ours, published (GoPro, S24 Ultra)", "", "17.110", "106", "147", "33.76", "0.942", "", "", ""]]
+    gains = [row["val_after_db"] - row["val_before_db"] for row in tuned["candidates"]]
+    return ["## Table 3: base, candidates and chosen net",
+            f"{config.finetune_steps} steps of fine-tuning change the candidates by {min(gains):+.2f} to {max(gains):+.2f} dB on validation.",
+            markdown(["", "options", "params, M", "MB", "ms", "PSNR dB", "SSIM", "predicted ms", "validation dB", "fine-tuned"],
+                     [*rows, *published]),
+            f"Options in the order of the sites: {', '.join(found['sites'])}. PSNR and SSIM on test."]
+
+
+def test_cells(m):
+    """Parameters, MB, measured ms, PSNR and SSIM of one net of `stage_evaluate`."""
+    return [f"{m['params'] / 1e6:.3f}", f"{m['mb']:.2f}", "not measured" if m["latency_ms"] is None else f"{m['latency_ms']:.1f}",
+            f"{m['psnr_db']:.2f}", f"{m['ssim']:.4f}"]
+
+
+def made_section(config, seconds):
+    """Seed and versions; wall time of the stages, {stage: what `note_seconds` wrote}, and the machine."""
+    parts = ["## How this was made", f"Seed {config.seed}; torch {torch.__version__}, numpy {np.__version__}, "
+             f"python {platform.python_version()}."]
+    if config.target == "paper":
+        return [*parts, "Wall times are left out: nothing that is measured enters a run with --target paper."]
+    rows = [[name, f"{note['seconds']:.1f}", note["device"], note.get("threads", ""), note["ranks"], note["date"]]
+            for name, note in seconds.items()]
+    return [*parts, "Wall time of each stage; one that was cut off and went on counts its last process alone.",
+            markdown(["stage", "seconds", "device", "threads", "ranks", "date"], rows)]
 
 
 def measured_on(table):
@@ -1852,11 +1905,13 @@ def run(config, stage, out, device="cpu", force=False):
             continue
         redone.update([name] if stale else [])
         started, function = time.perf_counter(), stage_of(config, name).function
-        whole = {**art, "part": unfinished(config, name, path, art), "hub": {**hub, "force": anew}}
+        whole = {**art, "part": unfinished(config, name, path, art), "hub": {**hub, "force": anew}, "seconds": noted_seconds(out)}
         payload = agreed(lambda: unless_altered(lambda: function(config, pairs, whole, device), art)
                          if name in SHARED or rank() == 0 else None)
         first(lambda: finish(config, name, out, payload))
-        say(f"{name}: {path} written, {time.perf_counter() - started:.1f} s")
+        spent = time.perf_counter() - started
+        first(lambda: note_seconds(config, name, out, device, spent))
+        say(f"{name}: {path} written, {spent:.1f} s")
     first(lambda: conclude(config, wanted[-1], out))
 
 
@@ -1909,6 +1964,22 @@ def finish(config, name, out, payload):
     discard(path)
 
 
+def note_seconds(config, name, out, device, seconds):
+    """Add a stage's wall time to seconds.json, apart from the artefacts: these are the same from run to run."""
+    if config.target != "paper":
+        note = {"seconds": seconds, **profile_device.machine(device), "ranks": world()}
+        save_artefact(out / "seconds.json", {**noted_seconds(out), name: note})
+
+
+def noted_seconds(out):
+    """What `note_seconds` wrote, {stage: note} in the order of the stages; {} where that is missing or damaged."""
+    try:
+        notes = json.loads((out / "seconds.json").read_text())
+        return {name: notes[name] for name in STAGES if notes.get(name, {}).keys() >= {"seconds", "device", "ranks", "date"}}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
 def discard(path):
     """Remove what the stage of artefact `path` kept while it was unfinished."""
     for part in path.parent.glob(f"{path.stem}*.part"):
@@ -1945,7 +2016,7 @@ def same_machine(name, table, path, config, device):
     if name != "profile" or config.target != "local":
         return
     here = profile_device.machine(device)
-    for key, remedy in (("device", "another --device"), ("threads", f"--threads {table.get('threads')}")):
+    for key, remedy in (("device", "that machine and --device"), ("threads", f"--threads {table.get('threads')}")):
         if table.get(key) != here.get(key):
             raise InputError(f"{path} was measured with {key} {table.get(key)}, not {here.get(key)}: give {remedy}, "
                              "or --stage all --force to measure anew")

@@ -248,9 +248,18 @@ def relative_spread(samples):
 def machine(device):
     """What a local table was measured on."""
     on_gpu = torch.device(device).type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU {platform.machine()}"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU {cpu_model()}"
     return {"device": name, "runtime": f"torch {torch.__version__}", "precision": "float32",
             **({} if on_gpu else {"threads": torch.get_num_threads()}), "date": datetime.date.today().isoformat()}
+
+
+def cpu_model():
+    """Architecture and, on Linux, model of this machine's CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return " ".join([platform.machine(), *(line.split(":")[1].strip() for line in lines if line.startswith("model name"))][:2])
 
 
 def network_ms(table, choice):

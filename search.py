@@ -393,17 +393,17 @@ def outcomes(history, pool, penalty, kernel, draws):
 
 
 def knee(front, count):
-    """Indices of the `count` best compromises of `front` (n, 2), best first.
+    """Indices of the `count` best compromises of `front` (n, 2), best first: those furthest below the chord."""
+    return [int(i) for i in np.argsort(-below_chord(front), kind="stable")[:count]]
 
-    Both axes scaled to [0, 1] over the front; ranked by distance below the chord between its two ends.
-    """
+
+def below_chord(front):
+    """(n, 2) -> how far below the chord between the front's two ends, along an axis, both scaled to [0, 1] over the front."""
     front = _objectives(front)
     if not np.isfinite(front).all():
         raise ValueError("knee: objectives must be finite")
     span = np.ptp(front, axis=0)
-    y = (front - front.min(0)) / np.where(span > 0, span, 1)
-    below = 1 - y.sum(1)                      # the chord runs from (0, 1) to (1, 0)
-    return [int(i) for i in np.argsort(-below, kind="stable")[:count]]
+    return 1 - ((front - front.min(0)) / np.where(span > 0, span, 1)).sum(1)            # the chord runs from (0, 1) to (1, 0)
 
 
 # ------------------------------------------------------------------- a problem with a known answer

@@ -886,7 +886,13 @@ class AIHub(unittest.TestCase):
         self.assertEqual([table[k] for k in ("device", "runtime", "frame")], ["Samsung Galaxy S24 Ultra", "tflite", [32, 32]])
         self.assertEqual(metrics["base"]["latency_ms"], (metrics["base"]["params"] + 10 * 3 * 32 * 32) / 1000)
         self.assertEqual(metrics["chosen"]["latency_ms"], (metrics["chosen"]["params"] + 10 * 3 * 32 * 32) / 1000)
-        self.assertIn("falls back to the CPU", (out / "report.md").read_text())
+        report, seconds = (out / "report.md").read_text(), json.loads((out / "seconds.json").read_text())
+        self.assertIn("falls back to the CPU", report)
+        self.assertEqual(list(seconds), list(hwdeblur.STAGES))
+        for name in list(seconds)[:-1]:                                # the report's own time is not known in it
+            self.assertRegex(report, rf"\| {name} +\| {seconds[name]['seconds']:.1f} ")
+        (out / "seconds.json").write_text("[]")
+        (out / "report.md").unlink()
         jobs = len(self.hub.jobs)
         self.assertEqual(hwdeblur.main([*args, "all"]), 0)
         self.assertEqual(hwdeblur.main([*args, "profile", "--hub-runtime", "onnx"]), 2)
@@ -1143,12 +1149,12 @@ class Report(unittest.TestCase):
                "profile": {"sites": {"enc0.0": [9.0, 4.0, 3.0], "enc0.1": [8.0, 2.0, 1.0]}},
                "finetune": {"choice": {"enc0.0": 2, "enc0.1": 0}, "candidates": [{}, {}], "picked": 1},
                "search": {"taken_back": [{}, {"cost_db": {"enc0.0": 0.123}, "saved_ms": {"enc0.0": 5.5}}]}}
-        lines = hwdeblur.site_table(art, "ABC").splitlines()[2:]
+        _, words, table, _ = hwdeblur.site_section(art, "ABC")
+        self.assertEqual(words.splitlines(), ["- enc0.0: C in place of A, -5.50 ms, -0.12 dB", "- enc0.1: A stays"])
+        lines = table.splitlines()[2:]
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
         self.assertEqual(rows, [["enc0.0", "1.50", "9.00", "2 C", "3.00", "5.50", "+0.12"],
                                 ["enc0.1", "1.50", "8.00", "0 A", "8.00", "", ""]])
-        del art["search"]["taken_back"]
-        self.assertIn("| 6.00 ", hwdeblur.site_table(art, "ABC"))
 
 
 class Pictures(unittest.TestCase):
@@ -1321,6 +1327,30 @@ class Whole(unittest.TestCase):
         self.assertEqual(len(found["evaluations"]), 24)
         self.assertAlmostEqual(found["evaluations"][0]["loss_db"], 0)
         self.assertAlmostEqual(found["evaluations"][0]["penalty"], 1)
+
+    def test_the_report_holds_the_run(self):
+        report, found, metrics = (self.out / "report.md").read_text(), *(
+            json.loads((self.out / name).read_text()) for name in ("search.json", "metrics.json"))
+        tuned = torch.load(self.out / "finetuned.pt", weights_only=True)
+        headings = [line for line in report.splitlines() if line.startswith("#")]
+        self.assertEqual(headings, ["# What did I gain", "## Table 1: saliency per stage", "## Table 2: latency of each option, ms",
+                                    "## The front", "## Table 3: base, candidates and chosen net",
+                                    "## The chosen net, site by site", "## Do the sums hold?", "## How this was made"])
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("| ")]
+        row = next(row for row in rows if row[0].endswith("(chosen)"))
+        candidate = tuned["candidates"][tuned["picked"]]
+        self.assertEqual(row, [row[0], " ".join(map(str, tuned["choice"].values())), f"{metrics['chosen']['params'] / 1e6:.3f}",
+                               f"{metrics['chosen']['mb']:.2f}", "not measured", f"{metrics['chosen']['psnr_db']:.2f}",
+                               f"{metrics['chosen']['ssim']:.4f}", f"{candidate['latency_ms']:.1f}",
+                               f"{candidate['val_before_db']:.2f}", f"{candidate['val_after_db']:.2f}"])
+        back = found["taken_back"][tuned["picked"]]
+        for site, option in tuned["choice"].items():
+            words = (f"{blocks.BLOCKS[option].__name__} in place of NAFBlock, {-back['saved_ms'][site]:+.2f} ms, "
+                     f"{-back['cost_db'][site]:+.2f} dB") if option else "NAFBlock stays"
+            self.assertIn(f"\n- {site}: {words}\n", report)
+        self.assertIn("| enc3 (critical) ", report)                    # the published row
+        self.assertIn("Wall times are left out", report)
+        self.assertNotIn("measured, interleaved", report)
 
     def test_the_chosen_net_scores_what_metrics_say(self):
         tuned = torch.load(self.out / "finetuned.pt", weights_only=True)
