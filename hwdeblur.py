@@ -1365,19 +1365,24 @@ def report_text(config, art):
 
 def saliency_section(saliency):
     """Table 1: this run's saliency per stage, then the published one."""
-    ranks, kept = saliency["mean_ranks"], saliency["critical"]
+    ranks, kept, scores = saliency["mean_ranks"], saliency["critical"], saliency["scores"]
     first, second = sorted(ranks, key=ranks.get)[:2]
-    sums = [{s: sum(v for site, v in row.items() if site.split(".")[0] == s) for s in ranks} for row in saliency["scores"].values()]
-    measures, *paper = PAPER_TABLE_1.items()
-    paper_ranks = blocks.mean_ranks({m: {stage: row[i] for stage, row in paper} for i, m in enumerate(measures[1])})
+    columns, *paper = PAPER_TABLE_1.items()
+    published = {measure: {stage: row[i] for stage, row in paper} for i, measure in enumerate(columns[1])}
     return ["## Table 1: saliency per stage",
             f"{first} has the best mean rank over the six measures, {ranks[first]:.2f}; next is {second}, {ranks[second]:.2f}. "
-            f"So {' '.join(kept)} stays as it is, and the other {len(saliency['sites'])} blocks are the sites of the search. In the paper: "
-            "enc3, 1.33; next is dec1, 3.83.",
-            markdown(["stage", *saliency["scores"], "mean rank"], [
-                [s + (" (critical)" if s in kept else ""), *(f"{row[s]:.3g}" for row in sums), f"{ranks[s]:.2f}"] for s in ranks]),
-            markdown(["published", *measures[1], "mean rank"], [
-                [s + (" (critical)" if s == "enc3" else ""), *(f"{v:g}" for v in row), f"{paper_ranks[s]:.2f}"] for s, row in paper])]
+            f"So {' '.join(kept)} stays as it is, and the other {len(saliency['sites'])} blocks are the sites of the search. "
+            "In the paper: enc3, 1.33; next is dec1, 3.83.",
+            stage_table("stage", scores, kept), stage_table("published", published, blocks.critical_stages(published))]
+
+
+def stage_table(title, scores, critical):
+    """Scores {measure: {site or stage: value}} summed over each stage's blocks, with the mean ranks -> Markdown."""
+    rows = []
+    for stage, rank in blocks.mean_ranks(scores).items():
+        sums = [sum(v for site, v in row.items() if site.split(".")[0] == stage) for row in scores.values()]
+        rows.append([stage + (" (critical)" if stage in critical else ""), *(f"{v:.3g}" for v in sums), f"{rank:.2f}"])
+    return markdown([title, *scores, "mean rank"], rows)
 
 
 def latency_section(table, names):
@@ -1399,19 +1404,21 @@ def front_section(config, art):
     scored = [search.evaluated(row["options"], row["loss_db"], penalty) for row in rows]
     Y, ref = np.array([e[1:] for e in scored]), search.default_ref(scored, penalty)
     below = dict(zip(found["front"], search.below_chord(Y[found["front"]])))
+    space, volume = math.prod(map(len, search.available(penalty))), search.hypervolume(Y, ref)
     return ["## The front",
-            f"{len(rows)} of {math.prod(map(len, search.available(penalty))):,} configurations were scored; {len(found['front'])} are on "
-            f"the front. Hypervolume {search.hypervolume(Y, ref):.3f} below {ref[0]:.2f} dB and {ref[1]:.2f} of the base blocks' latency.",
+            f"{len(rows)} of {space:,} configurations were scored; {len(found['front'])} are on the front. Its hypervolume is "
+            f"{volume:.3f} below a loss of {ref[0]:.2f} dB and {ref[1]:.2f} of the base blocks' latency.",
             *left_out(diverged), "![front](pareto.png)",
-            "Candidates are the configurations of the front, other than the base, furthest below the chord between its ends, with both "
-            f"axes scaled to 1: by {', '.join(f'{below[i]:.2f}' for i in found['knee'])}. Picked after fine-tuning: {config.pick}."]
+            "The candidates are, of the front without the base, the configurations furthest below the chord between its "
+            f"ends, both axes scaled to 1: {', '.join(f'{below[i]:.2f}' for i in found['knee'])}. Picked after fine-tuning: "
+            f"{config.pick}."]
 
 
 def nets_section(config, art):
     """Table 3: base and every candidate before and after fine-tuning; figures on test for base and chosen; published rows."""
     metrics, tuned, found = art["evaluate"], art["finetune"], art["search"]
-    rows = [["base", " ".join("0" for _ in found["sites"]), *test_cells(metrics["base"]), f"{metrics['base']['predicted_ms']:.1f}",
-             f"{found['base_val_db']:.2f}", ""]]
+    rows = [["base", " ".join("0" for _ in found["sites"]), *test_cells(metrics["base"]),
+             f"{metrics['base']['predicted_ms']:.1f}", f"{found['base_val_db']:.2f}", ""]]
     for n, candidate in enumerate(tuned["candidates"]):
         chosen = n == tuned["picked"]
         rows.append([f"candidate {n + 1}" + (" (chosen)" if chosen else ""), " ".join(map(str, candidate["options"])),
@@ -1421,7 +1428,8 @@ def nets_section(config, art):
                  ["Ours, published (GoPro, S24 Ultra)", "", "17.110", "106", "147", "33.76", "0.942", "", "", ""]]
     gains = [row["val_after_db"] - row["val_before_db"] for row in tuned["candidates"]]
     return ["## Table 3: base, candidates and chosen net",
-            f"{config.finetune_steps} steps of fine-tuning change the candidates by {min(gains):+.2f} to {max(gains):+.2f} dB on validation.",
+            f"{config.finetune_steps} steps of fine-tuning change the candidates by {min(gains):+.2f} to {max(gains):+.2f} dB on "
+            "validation.",
             markdown(["", "options", "params, M", "MB", "ms", "PSNR dB", "SSIM", "predicted ms", "validation dB", "fine-tuned"],
                      [*rows, *published]),
             f"Options in the order of the sites: {', '.join(found['sites'])}. PSNR and SSIM on test."]

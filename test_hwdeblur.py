@@ -647,7 +647,8 @@ class Profile(unittest.TestCase):
     def test_sums_of_random_configurations(self):
         table = profile_device.latency_table(self.net, self.surrogates, self.sites, 32, "local", blocks.deploy, rounds=2)
         choices, config = {"base": {}, "chosen": {"mid.0": 5}}, hwdeblur.Config(frame=(32, 32))
-        entries = {name: (blocks.deploy(blocks.assemble(self.net, self.surrogates, c)), (1, 3, 32, 32)) for name, c in choices.items()}
+        entries = {name: (blocks.deploy(blocks.assemble(self.net, self.surrogates, choice)), (1, 3, 32, 32))
+                   for name, choice in choices.items()}
         measured, sums = hwdeblur.measure_nets(config, table, entries, choices, "cpu", None, count=6)
         self.assertEqual([row["net"] for row in sums["rows"][:2]], ["base", "chosen"])
         self.assertEqual({row["net"]: row["measured_ms"] for row in sums["rows"]}, measured)
@@ -855,7 +856,8 @@ class AIHub(unittest.TestCase):
         table = self.table(["enc0.0"])
         self.assertEqual([k for k, ms in enumerate(table["sites"]["enc0.0"]) if ms is None], [2])
         self.assertIn(f"{len(blocks.BLOCKS)} profiled, 1 failed", self.said.getvalue())
-        self.assertRegex(profile_device.remarks(table)[1], r"Gated 4x16x8 \(enc0.0\) is unavailable: operator unknown \(http.*/j4/\)")
+        self.assertRegex(profile_device.remarks(table)[1],
+                         r"Gated 4x16x8 \(enc0.0\) is unavailable: operator unknown \(http.*/j4/\)")
         self.assertEqual(profile_device.network_ms(table, {"enc0.0": 2}), math.inf)
         self.assertEqual(np.flatnonzero(np.isinf(hwdeblur.penalties(table, ["enc0.0"])[0])).tolist(), [2])
         self.hub.fail = ("NAFBlock",)
@@ -907,7 +909,8 @@ class AIHub(unittest.TestCase):
             self.assertRegex(line, pattern)
             self.assertNotIn("hush", self.said.getvalue() + self.printed.getvalue())
 
-        refused("no device 'Galaxy S24'; the nearest names: Samsung Galaxy S24, Samsung Galaxy S24 Ultra", "--hub-device", "Galaxy S24")
+        refused("no device 'Galaxy S24'; the nearest names: Samsung Galaxy S24, Samsung Galaxy S24 Ultra",
+                "--hub-device", "Galaxy S24")
         self.hub.configure("hush")
         refused("Failed to authenticate")
         self.hub.configure("hush%hush")
@@ -1161,7 +1164,8 @@ class Pictures(unittest.TestCase):
     def test_any_search_gives_a_picture_with_its_nets_in_it(self):
         """One, two and five evaluations, equal latencies, gains, numbers huge and tiny."""
         for name, points in {"one": [(100, 0)], "two": [(100, 0), (50, 1.5)],
-                             "five": [(180, 0), (60, 5), (120, .5), (150, 1), (90, 2)], "equal": [(100, .1 * i) for i in range(30)], "gains": [(180 - 10 * i, -.1 * i) for i in range(8)],
+                             "five": [(180, 0), (60, 5), (120, .5), (150, 1), (90, 2)],
+                             "equal": [(100, .1 * i) for i in range(30)], "gains": [(180 - 10 * i, -.1 * i) for i in range(8)],
                              "huge": [(2e6 - 1e5 * i, 2.0 * i * i) for i in range(12)],
                              "tiny": [(2e-4 - 1e-5 * i, 1e-6 * i) for i in range(12)]}.items():
             rows = [{"latency_ms": ms, "penalty": ms, "loss_db": db} for ms, db in points]
@@ -1333,9 +1337,10 @@ class Whole(unittest.TestCase):
             json.loads((self.out / name).read_text()) for name in ("search.json", "metrics.json"))
         tuned = torch.load(self.out / "finetuned.pt", weights_only=True)
         headings = [line for line in report.splitlines() if line.startswith("#")]
-        self.assertEqual(headings, ["# What did I gain", "## Table 1: saliency per stage", "## Table 2: latency of each option, ms",
-                                    "## The front", "## Table 3: base, candidates and chosen net",
-                                    "## The chosen net, site by site", "## Do the sums hold?", "## How this was made"])
+        self.assertEqual(headings, [
+            "# What did I gain", "## Table 1: saliency per stage", "## Table 2: latency of each option, ms", "## The front",
+            "## Table 3: base, candidates and chosen net", "## The chosen net, site by site", "## Do the sums hold?",
+            "## How this was made"])
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("| ")]
         row = next(row for row in rows if row[0].endswith("(chosen)"))
         candidate = tuned["candidates"][tuned["picked"]]
@@ -1453,8 +1458,9 @@ class Whole(unittest.TestCase):
         rotated = Image.new("RGB", (30, 40), "blue")
         exif = rotated.getexif()
         exif[0x0112] = 6
-        kinds = {"rgb.jpg": Image.new("RGB", (33, 21)), "rgba.png": Image.new("RGBA", (33, 21)), "one.png": Image.new("RGB", (1, 1)),
-                 "grey.png": Image.new("L", (9, 30)), "palette.gif": Image.new("P", (20, 20)), "deep.png": Image.fromarray(shades)}
+        kinds = {"rgb.jpg": Image.new("RGB", (33, 21)), "rgba.png": Image.new("RGBA", (33, 21)),
+                 "one.png": Image.new("RGB", (1, 1)), "grey.png": Image.new("L", (9, 30)),
+                 "palette.gif": Image.new("P", (20, 20)), "deep.png": Image.fromarray(shades)}
         for name, image in kinds.items():
             image.save(root / name)
         rotated.save(root / "turned.jpg", exif=exif)
@@ -1568,8 +1574,9 @@ class Whole(unittest.TestCase):
                 if 'search' in line and hwdeblur.rank() == 1:
                     hwdeblur.load_pair = fail
                 print('status', hwdeblur.main(line))"""
-        ranks = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                  env={**os.environ, "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": str(r)}) for r in (0, 1)]
+        env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
+        ranks = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE, text=True, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, env={**env, "RANK": str(r)}) for r in (0, 1)]
         (printed, said), other = (rank.communicate(timeout=120) for rank in ranks)
         self.assertEqual(other, ("status 0\nstatus 0\nstatus 2\n", ""))
         self.assertEqual([line for line in printed.splitlines() if "status" in line], ["status 0", "status 0", "status 2"], said)
@@ -1589,7 +1596,8 @@ class Whole(unittest.TestCase):
         good, config = torch.load(self.out / "base.pt", weights_only=True), hwdeblur.Config()
         torch.save(good["params"], root / "a.pth", _use_new_zipfile_serialization=False)
         loads = {self.out / "base.pt": hwdeblur.load_weights, root / "a.pth": hwdeblur.load_weights,
-                 self.out / "finetuned.pt": hwdeblur.load_tuned, root / "a.png": hwdeblur.load_image, root / "a.jpg": hwdeblur.load_image}
+                 self.out / "finetuned.pt": hwdeblur.load_tuned,
+                 root / "a.png": hwdeblur.load_image, root / "a.jpg": hwdeblur.load_image}
         refused = dict.fromkeys(loads, 0)
         for path, load in loads.items():
             for content in damaged(path.read_bytes(), 40, rng):
