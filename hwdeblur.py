@@ -802,7 +802,7 @@ def read_part(part):
 def keeper(part):
     """A function (make, now) that saves make() in the part's file when it is time -> whether it was.
 
-    Every part.every_s seconds, and sooner where that takes no more than a twentieth of the time. Rank 0's
+    Every part.every_s seconds, and sooner where that takes no more than a fiftieth of the time. Rank 0's
     clock decides; make() is called on every rank.
     """
     last, wait = time.monotonic(), 0.0
@@ -815,7 +815,7 @@ def keeper(part):
         state = make()
         first(lambda: save_artefact(part.path, described(part.config, part.stage, {"inputs": part.inputs, **state})))
         last = time.monotonic()
-        wait = min(part.every_s, 20 * (last - started))
+        wait = min(part.every_s, 50 * (last - started))
         return True
 
     return keep
@@ -1165,7 +1165,7 @@ def random_nets(table, base, shape, count, rng):
 def whole_net_ms(target, entries, device, hub):
     """{name: (deployed net, shape)} -> {name: measured ms, None where the target measures no whole net}."""
     if target == "local":
-        return profile_device.settled(profile_device.time_together(entries, device, rounds=8, warmup=1))
+        return profile_device.settled(profile_device.time_together(entries, device, rounds=24, warmup=1, calls=1))
     if target == "qai-hub":
         entries = {name: (net.cpu(), shape) for name, (net, shape) in entries.items()}
         found = profile_device.profile_hub(entries, **(hub or {}))

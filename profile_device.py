@@ -52,11 +52,12 @@ def time_local(module, shape, device="cpu", rounds=20, warmup=3):
     return statistics.median(time_together({0: (module, shape)}, device, rounds, warmup)[0])
 
 
-def time_together(entries, device="cpu", rounds=20, warmup=3):
+def time_together(entries, device="cpu", rounds=20, warmup=3, calls=4):
     """{name: (module, shape)} -> {name: [ms, one per round]}.
 
-    Every round visits each module, so that a machine that drifts does so under all of them alike; a
-    visit is one call that counts for nothing (its caches are cold) and the best of three that follow.
+    Every round visits each module, so that a machine that drifts does so under all of them alike. Of the `calls`
+    of a visit the first counts for nothing (its caches are cold) and the best of the others counts. With 1, that
+    one counts: right for whole nets, which fill the caches themselves, so that time is better spent on rounds.
     """
     keep_memory()
     generator = torch.Generator().manual_seed(0)
@@ -66,10 +67,9 @@ def time_together(entries, device="cpu", rounds=20, warmup=3):
     with torch.inference_mode():
         for turn in range(-warmup, rounds):
             for name, (module, _) in entries.items():
-                module(inputs[name])
-                calls = [call_ms(module, inputs[name]) for _ in range(3)]
+                visit = [call_ms(module, inputs[name]) for _ in range(calls)]
                 if turn >= 0:
-                    times[name].append(min(calls))
+                    times[name].append(min(visit[1:] or visit))
     return times
 
 
@@ -100,7 +100,7 @@ def call_ms(function, x):
     return milliseconds(start, stamp(x))
 
 
-def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cpu", rounds=20, hub=None):
+def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cpu", rounds=80, hub=None):
     """Latency of every option at every site, of the rest of the net, and of the whole base net.
 
     net: a blocks.NAFNet; surrogates {site: {option: module}} (trained or not: time does not depend on
@@ -165,10 +165,10 @@ def local_timing(net, blocks, frame, deploy, device, rounds):
             "spread": max(relative_spread(samples) for samples in times.values()), "rounds": rounds}
 
 
-def time_in_place(keys, entries, device="cpu", rounds=20, warmup=3):
+def time_in_place(keys, entries, device="cpu", rounds=80, warmup=3):
     """What `distinct_modules` gives -> {key: [ms, one per round]}, every block timed inside the whole net.
 
-    Every round runs the net once per option, that option at every site, as `time_together` visits modules.
+    Every round calls the net once per option, that option at every site, so that drift hits all alike.
     A block that is called over and over by itself finds its input in the cache and the memory of its output just
     freed; inside a net, where skip connections hold on to theirs, it does not, and sums of times taken
     alone rank whole nets worse. Alters the net in `entries`.
@@ -185,11 +185,10 @@ def time_in_place(keys, entries, device="cpu", rounds=20, warmup=3):
             for options in zip(*keys.values()):
                 for (parent, name), key in zip(places, options):
                     setattr(parent, name, entries[key][0])
-                calls = [run_spans(net, x, spans) for _ in range(4)][1:]
                 first = options == tuple(row[0] for row in keys.values())
-                for key in calls[0]:
+                for key, ms in run_spans(net, x, spans).items():
                     if turn >= 0 and (first or key != "net"):
-                        times[key].append(min(call[key] for call in calls))
+                        times[key].append(ms)
     return times
 
 
