@@ -100,7 +100,7 @@ def call_ms(function, x):
     return milliseconds(start, stamp(x))
 
 
-def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cpu", rounds=80, hub=None):
+def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cpu", rounds=60, hub=None):
     """Latency of every option at every site, of the rest of the net, and of the whole base net.
 
     net: a blocks.NAFNet; surrogates {site: {option: module}} (trained or not: time does not depend on
@@ -165,7 +165,7 @@ def local_timing(net, blocks, frame, deploy, device, rounds):
             "spread": max(relative_spread(samples) for samples in times.values()), "rounds": rounds}
 
 
-def time_in_place(keys, entries, device="cpu", rounds=80, warmup=3):
+def time_in_place(keys, entries, device="cpu", rounds=60, warmup=3):
     """What `distinct_modules` gives -> {key: [ms, one per round]}, every block timed inside the whole net.
 
     Every round calls the net once per option, that option at every site, so that drift hits all alike.
