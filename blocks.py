@@ -1,4 +1,4 @@
-"""NAFNet with swappable blocks: the net, seven blocks, saliency, surrogates, assembly, deployment.
+"""NAFNet with swappable blocks: the net, its blocks, saliency, surrogates, assembly, deployment.
 
 Letters in every docstring: B batch, C channels, H W pixels, S sites, K options per site.
 A *site* is a block that may be replaced ("dec0.0"), an *option* its number in BLOCKS (0 = the

@@ -1312,20 +1312,20 @@ def adapted_text(config, tuned):
 def site_section(art, names):
     """The chosen net site by site, in words and as a table -> Markdown parts.
 
-    Gain and cost: the candidate as it was scored, before fine-tuning, with this one swap taken back.
+    Changes by a swap: the candidate as it was scored, before fine-tuning, against it with this one swap taken back.
     """
     scores, table, tuned = art["saliency"]["scores"], art["profile"]["sites"], art["finetune"]
     back, choice, lines, rows = art["search"]["taken_back"][tuned["picked"]], tuned["choice"], [], []
     for site, option in choice.items():
         rank = statistics.fmean(1 + sum(abs(row[s]) > abs(row[site]) for s in choice) for row in scores.values())
         saved, cost = (back[key].get(site, 0.0) for key in ("saved_ms", "cost_db"))
-        lines.append(f"- {site}: {names[option]} in place of {names[0]}, {-saved:+.2f} ms, {-cost:+.2f} dB" if option
+        lines.append(f"- {site}: {names[option]} in place of {names[0]}, {-saved:+z.2f} ms, {-cost:+z.2f} dB" if option
                      else f"- {site}: {names[0]} stays")
         rows.append([site, f"{rank:.2f}", f"{table[site][0]:.2f}", f"{option} {names[option]}", f"{table[site][option]:.2f}"]
-                    + ([f"{saved:.2f}", f"{cost:+.2f}"] if option else ["", ""]))
+                    + ([f"{-saved:+z.2f}", f"{-cost:+z.2f}"] if option else ["", ""]))
     return ["## The chosen net, site by site", "\n".join(lines),
-            markdown(["site", "saliency rank", "base ms", "choice", "ms", "gained ms", "cost dB"], rows),
-            "What each swap alone gains in predicted latency of the net and costs in PSNR on validation, before fine-tuning: "
+            markdown(["site", "saliency rank", "base ms", "choice", "its ms", "net, ms", "net, dB"], rows),
+            "What each swap alone changes in predicted latency of the net and in PSNR on validation, before fine-tuning: "
             "measured by taking it back. Saliency rank: among the sites, mean over the six measures; 1 is the most salient."]
 
 
@@ -1338,7 +1338,7 @@ def gain_words(metrics):
     elif "statistic" in metrics["sums"]["measured_on"]:
         how = f"measured on {metrics['sums']['measured_on']['device']}"
     return (f"The chosen net runs {base[key] / chosen[key]:.2f}x as fast as the base ({how}) "
-            f"at {chosen['psnr_db'] - base['psnr_db']:+.2f} dB; the base gains "
+            f"at {chosen['psnr_db'] - base['psnr_db']:+.2f} dB; the base has "
             f"{base['psnr_db'] - metrics['blurred']['psnr_db']:+.2f} dB over the blurred input.")
 
 
@@ -1406,12 +1406,12 @@ def front_section(config, art):
     below = dict(zip(found["front"], search.below_chord(Y[found["front"]])))
     space, volume = math.prod(map(len, search.available(penalty))), search.hypervolume(Y, ref)
     return ["## The front",
-            f"{len(rows)} of {space:,} configurations were scored; {len(found['front'])} are on the front. Its hypervolume is "
-            f"{volume:.3f} below a loss of {ref[0]:.2f} dB and {ref[1]:.2f} of the base blocks' latency.",
+            f"{len(rows)} of {space:,} configurations were scored; {len(found['front'])} are on the front. Hypervolume "
+            f"{volume:.3f}; its reference point: {ref[0]:.2f} dB, and {ref[1]:.2f} times the latency of the base net's blocks.",
             *left_out(diverged), "![front](pareto.png)",
-            "The candidates are, of the front without the base, the configurations furthest below the chord between its "
-            f"ends, both axes scaled to 1: {', '.join(f'{below[i]:.2f}' for i in found['knee'])}. Picked after fine-tuning: "
-            f"{config.pick}."]
+            "The candidates are, of the front without the base, the configurations furthest below the chord between its ends, "
+            f"both axes scaled to 1; distances of candidate 1 and on: {', '.join(f'{below[i]:.2f}' for i in found['knee'])}. "
+            f"Picked after fine-tuning: the {config.pick}."]
 
 
 def nets_section(config, art):
@@ -1471,7 +1471,7 @@ def sums_text(metrics):
     error = "the base net alone was measured" if error is None else f"mean relative error {error:.1%}"
     return [f"{len(sums['rows'])} nets, of which the base is right by construction and does not count: {tau}{error}.{drift}",
             measured_on(sums["measured_on"]),
-            markdown(["net", "predicted ms", "measured ms", "error"],
+            markdown(["net", "predicted ms" + (" x drift" if sums["drift"] != 1 else ""), "measured ms", "error"],
                      [[row["net"], f"{row['predicted_ms']:.1f}", f"{row['measured_ms']:.1f}",
                        f"{row['predicted_ms'] / row['measured_ms'] - 1:+.1%}"] for row in sums["rows"]])]
 
@@ -1591,9 +1591,9 @@ def pareto_picture(found, tuned):
         for row in members if kind != "line" else ():
             marker(draw, kind, *plot.at(row), size, colour)
     draw_legend(draw, plot, groups)
-    draw_label(image, plot, picked, f"chosen\n{picked['latency_ms']:.4g} ms, {picked['loss_db']:.2f} dB\n"
+    draw_label(image, plot, picked, f"chosen\n{picked['latency_ms']:.1f} ms, {picked['loss_db']:.2f} dB\n"
                f"fine-tuned: {after['loss_db']:.2f} dB")
-    draw_label(image, plot, rows[0], f"base\n{rows[0]['latency_ms']:.4g} ms, {rows[0]['loss_db']:.2f} dB")
+    draw_label(image, plot, rows[0], f"base\n{rows[0]['latency_ms']:.1f} ms, {rows[0]['loss_db']:.2f} dB")
     return image.reduce(2)
 
 
@@ -1674,7 +1674,10 @@ def worst_window(error, crop):
 
 
 def stage_report(config, pairs, art, device):
-    """Section III, all tables: report.md, pareto.png and samples.png -> {file name: bytes}."""
+    """Section III: report.md with all tables, pareto.png, samples.png.
+
+    Returns {file name: bytes}.
+    """
     nets = [as_scored(net, config) for net in (base_net(art, device), chosen_net(art, device))]
     samples = samples_picture(pairs("test"), *nets, device)
     return {"pareto.png": png(pareto_picture(art["search"], art["finetune"])), "samples.png": png(samples),
