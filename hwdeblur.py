@@ -1334,7 +1334,7 @@ def gain_words(metrics):
     base, chosen = metrics["base"], metrics["chosen"]
     key, how = "latency_ms", "measured, interleaved"
     if None in (base["latency_ms"], chosen["latency_ms"]):
-        key, how = "predicted_ms", "predicted from the table"
+        key, how = "predicted_ms", "predicted from the latency table, not measured"
     elif "statistic" in metrics["sums"]["measured_on"]:
         how = f"measured on {metrics['sums']['measured_on']['device']}"
     return (f"The chosen net runs {base[key] / chosen[key]:.2f}x as fast as the base ({how}) "
@@ -1359,7 +1359,7 @@ def report_text(config, art):
         *saliency_section(art["saliency"]), *latency_section(art["profile"], names), *front_section(config, art),
         *nets_section(config, art),
         *test_tables(metrics["tests"], {n: metrics[n]["gmacs"] for n in ("base", "chosen")}, config.frame),
-        *site_section(art, names), "## Do the sums hold?", *sums_text(metrics), *made_section(config, art.get("seconds", {}))]
+        *site_section(art, names), "## Do the sums hold?", *sums_text(metrics), *made_section(config, art)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -1378,10 +1378,10 @@ def saliency_section(saliency):
 
 def stage_table(title, scores, critical):
     """Scores {measure: {site or stage: value}} summed over each stage's blocks, with the mean ranks -> Markdown."""
-    rows = []
-    for stage, rank in blocks.mean_ranks(scores).items():
+    rows, ranks = [], blocks.mean_ranks(scores)
+    for stage in dict.fromkeys(site.split(".")[0] for row in scores.values() for site in row):       # in forward order
         sums = [sum(v for site, v in row.items() if site.split(".")[0] == stage) for row in scores.values()]
-        rows.append([stage + (" (critical)" if stage in critical else ""), *(f"{v:.3g}" for v in sums), f"{rank:.2f}"])
+        rows.append([stage + (" (critical)" if stage in critical else ""), *(f"{v:.4g}" for v in sums), f"{ranks[stage]:.2f}"])
     return markdown([title, *scores, "mean rank"], rows)
 
 
@@ -1411,7 +1411,8 @@ def front_section(config, art):
             *left_out(diverged), "![front](pareto.png)",
             "The candidates are, of the front without the base, the configurations furthest below the chord between its ends, "
             f"both axes scaled to 1; distances of candidate 1 and on: {', '.join(f'{below[i]:.2f}' for i in found['knee'])}. "
-            f"Picked after fine-tuning: the {config.pick}."]
+            f"Picked after fine-tuning: the {config.pick}." if any(rows[found["knee"][0]]["options"]) else
+            "The base is alone on the front, so it is the one candidate: no configuration that was scored gains speed."]
 
 
 def nets_section(config, art):
@@ -1427,12 +1428,15 @@ def nets_section(config, art):
     published = [["NAFNet, published (GoPro, S24 Ultra)", "", "17.112", "107", "177", "35.80", "0.980", "", "", ""],
                  ["Ours, published (GoPro, S24 Ultra)", "", "17.110", "106", "147", "33.76", "0.942", "", "", ""]]
     gains = [row["val_after_db"] - row["val_before_db"] for row in tuned["candidates"]]
+    rest = ("Predicted are the blocks at the sites alone: there is no figure for the rest of the net."
+            if art["profile"]["rest_ms"] == 0 else
+            f"Predicted are the blocks at the sites plus {art['profile']['rest_ms']:.1f} ms for the rest of the net.")
     return ["## Table 3: base, candidates and chosen net",
             f"{config.finetune_steps} steps of fine-tuning change the candidates by {min(gains):+.2f} to {max(gains):+.2f} dB on "
             "validation.",
             markdown(["", "options", "params, M", "MB", "ms", "PSNR dB", "SSIM", "predicted ms", "validation dB", "fine-tuned"],
                      [*rows, *published]),
-            f"Options in the order of the sites: {', '.join(found['sites'])}. PSNR and SSIM on test."]
+            f"Options in the order of the sites: {', '.join(found['sites'])}. PSNR and SSIM on test. {rest}"]
 
 
 def test_cells(m):
@@ -1441,15 +1445,20 @@ def test_cells(m):
             f"{m['psnr_db']:.2f}", f"{m['ssim']:.4f}"]
 
 
-def made_section(config, seconds):
-    """Seed and versions; wall time of the stages, {stage: what `note_seconds` wrote}, and the machine."""
-    parts = ["## How this was made", f"Seed {config.seed}; torch {torch.__version__}, numpy {np.__version__}, "
-             f"python {platform.python_version()}."]
+def made_section(config, art):
+    """Base net, seed, and the versions in the artefacts; wall time of the stages as `note_seconds` wrote it, and the machine."""
+    made = {}
+    for name in STAGES.keys() & art.keys():
+        made.setdefault(", ".join(f"{k} {v}" for k, v in art[name]["versions"].items()), set()).add(name)
+    versions = [text if len(made) == 1 else f"{', '.join(n for n in STAGES if n in names)}: {text}"
+                for text, names in sorted(made.items())]
+    base = f"are those of {config.weights}" if config.weights else f"were trained in {config.base_steps} steps"
+    parts = ["## How this was made", f"The base net's weights {base}. Seed {config.seed}; {'; '.join(versions)}."]
     if config.target == "paper":
         return [*parts, "Wall times are left out: nothing that is measured enters a run with --target paper."]
     rows = [[name, f"{note['seconds']:.1f}", note["device"], note.get("threads", ""), note["ranks"], note["date"]]
-            for name, note in seconds.items()]
-    return [*parts, "Wall time of each stage; one that was cut off and went on counts its last process alone.",
+            for name, note in art.get("seconds", {}).items() if name != "report"]
+    return [*parts, "Wall time of each stage before this report; one that was cut off and went on counts its last process alone.",
             markdown(["stage", "seconds", "device", "threads", "ranks", "date"], rows)]
 
 
@@ -1986,8 +1995,9 @@ def noted_seconds(out):
     """What `note_seconds` wrote, {stage: note} in the order of the stages; {} where that is missing or damaged."""
     try:
         notes = json.loads((out / "seconds.json").read_text())
-        return {name: notes[name] for name in STAGES if notes.get(name, {}).keys() >= {"seconds", "device", "ranks", "date"}}
-    except (OSError, ValueError, AttributeError):
+        return {name: {**notes[name], "seconds": float(notes[name]["seconds"])} for name in STAGES
+                if notes.get(name, {}).keys() >= {"seconds", "device", "ranks", "date"}}
+    except (OSError, ValueError, AttributeError, TypeError):
         return {}
 
 

@@ -893,7 +893,10 @@ class AIHub(unittest.TestCase):
         self.assertEqual(list(seconds), list(hwdeblur.STAGES))
         for name in list(seconds)[:-1]:                                # the report's own time is not known in it
             self.assertRegex(report, rf"\| {name} +\| {seconds[name]['seconds']:.1f} ")
-        (out / "seconds.json").write_text("[]")
+        self.assertIn(f"plus {table['rest_ms']:.1f} ms for the rest of the net", report)
+        for damaged in ("[]", "{", '{"base": 1}', json.dumps({"base": {**seconds["base"], "seconds": None}})):
+            (out / "seconds.json").write_text(damaged)
+            self.assertEqual(hwdeblur.noted_seconds(out), {})
         (out / "report.md").unlink()
         jobs = len(self.hub.jobs)
         self.assertEqual(hwdeblur.main([*args, "all"]), 0)
@@ -1158,6 +1161,19 @@ class Report(unittest.TestCase):
         self.assertEqual(rows, [["enc0.0", "1.50", "9.00", "2 C", "3.00", "-5.50", "-0.12"],
                                 ["enc0.1", "1.50", "8.00", "0 A", "8.00", "", ""]])
 
+    def test_a_base_that_is_alone_on_the_front_is_named(self):
+        rows = [{"options": [k], "loss_db": float(k)} for k in (0, 1)]
+        art = {"profile": {"sites": {"mid.0": [2.0, 3.0]}}, "distill": {"diverged": []},
+               "search": {"sites": ["mid.0"], "evaluations": rows, "front": [0], "knee": [0]}}
+        self.assertRegex(hwdeblur.front_section(hwdeblur.Config(), art)[-1], "base is alone")
+
+    def test_versions_are_those_of_the_artefacts(self):
+        config, old, new = hwdeblur.Config(target="paper", weights="w.pth"), {"torch": "1"}, {"torch": "2"}
+        told = [hwdeblur.made_section(config, {"base": {"versions": old}, "search": {"versions": versions}})[1]
+                for versions in (old, new)]
+        self.assertIn("weights are those of w.pth. Seed 0; torch 1.", told[0])
+        self.assertIn("Seed 0; base: torch 1; search: torch 2.", told[1])
+
 
 class Pictures(unittest.TestCase):
     def test_any_search_gives_a_picture_with_its_nets_in_it(self):
@@ -1352,7 +1368,11 @@ class Whole(unittest.TestCase):
             words = (f"{blocks.BLOCKS[option].__name__} in place of NAFBlock, {-back['saved_ms'][site]:+z.2f} ms, "
                      f"{-back['cost_db'][site]:+z.2f} dB") if option else "NAFBlock stays"
             self.assertIn(f"\n- {site}: {words}\n", report)
-        self.assertIn("| enc3 (critical) ", report)                    # the published row
+        self.assertIn(["enc3 (critical)", "0.0644", "1.6", "-0.0017", "6.23", "21.8", "2.2e+17", "1.33"], rows)
+        self.assertIn("-17.01", [row[5] for row in rows if row[0] == "dec1"])                   # as printed
+        stages = [row[0].removesuffix(" (critical)") for row in rows if row[0].startswith(("enc", "mid", "dec"))]
+        self.assertEqual(stages[:5], ["enc0", "enc1", "mid", "dec1", "dec0"])
+        self.assertIn("no figure for the rest of the net", report)
         self.assertIn("Wall times are left out", report)
         self.assertNotIn("measured, interleaved", report)
 
