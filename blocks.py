@@ -460,14 +460,21 @@ def _synflow(net, shape):
     return [(wi * gi).abs().sum() for wi, gi in zip(w, torch.autograd.grad(net(ones).sum(), w))]
 
 
-def mean_ranks(scores):
-    """{stage: mean rank}, 1 the most salient: stages ranked by |sum over their blocks| per measure."""
-    ranks = {}
-    for by_site in scores.values():
-        total = {}
+def stage_totals(scores):
+    """{measure: {site: value}} -> {measure: {stage: sum over its blocks}}, in the order of the sites."""
+    totals = {}
+    for measure, by_site in scores.items():
+        total = totals[measure] = {}
         for site, value in by_site.items():
             stage = site.split(".")[0]
             total[stage] = total.get(stage, 0.0) + value
+    return totals
+
+
+def mean_ranks(scores):
+    """{stage: mean rank}, 1 the most salient: stages ranked by |sum over their blocks| per measure."""
+    ranks = {}
+    for total in stage_totals(scores).values():
         for rank, stage in enumerate(sorted(total, key=lambda s: -abs(total[s])), start=1):
             ranks.setdefault(stage, []).append(rank)
     return {stage: sum(r) / len(r) for stage, r in ranks.items()}

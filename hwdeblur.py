@@ -1218,9 +1218,13 @@ def gain_table(metrics):
     for name in ("base", "chosen"):
         m = metrics[name]
         rows.append([name, f"{m['params']:,}", f"{m['mb']:.2f}", f"{m['gmacs']:.2f}",
-                     "not measured" if m["latency_ms"] is None else f"{m['latency_ms']:.1f}",
-                     f"{m['predicted_ms']:.1f}", f"{m['psnr_db']:.2f}", f"{m['ssim']:.4f}"])
+                     measured_ms(m), f"{m['predicted_ms']:.1f}", f"{m['psnr_db']:.2f}", f"{m['ssim']:.4f}"])
     return markdown(head, rows)
+
+
+def measured_ms(m):
+    """Latency of one net of `stage_evaluate`, if it was measured."""
+    return "not measured" if m["latency_ms"] is None else f"{m['latency_ms']:.1f}"
 
 
 def markdown(head, rows):
@@ -1378,10 +1382,9 @@ def saliency_section(saliency):
 
 def stage_table(title, scores, critical):
     """Scores {measure: {site or stage: value}} summed over each stage's blocks, with the mean ranks -> Markdown."""
-    rows, ranks = [], blocks.mean_ranks(scores)
-    for stage in dict.fromkeys(site.split(".")[0] for row in scores.values() for site in row):       # in forward order
-        sums = [sum(v for site, v in row.items() if site.split(".")[0] == stage) for row in scores.values()]
-        rows.append([stage + (" (critical)" if stage in critical else ""), *(f"{v:.4g}" for v in sums), f"{ranks[stage]:.2f}"])
+    totals, ranks = blocks.stage_totals(scores).values(), blocks.mean_ranks(scores)
+    rows = [[stage + (" (critical)" if stage in critical else ""), *(f"{total[stage]:.4g}" for total in totals),
+             f"{ranks[stage]:.2f}"] for stage in next(iter(totals))]       # in forward order, which ranks is not
     return markdown([title, *scores, "mean rank"], rows)
 
 
@@ -1441,8 +1444,7 @@ def nets_section(config, art):
 
 def test_cells(m):
     """Parameters, MB, measured ms, PSNR and SSIM of one net of `stage_evaluate`."""
-    return [f"{m['params'] / 1e6:.3f}", f"{m['mb']:.2f}", "not measured" if m["latency_ms"] is None else f"{m['latency_ms']:.1f}",
-            f"{m['psnr_db']:.2f}", f"{m['ssim']:.4f}"]
+    return [f"{m['params'] / 1e6:.3f}", f"{m['mb']:.2f}", measured_ms(m), f"{m['psnr_db']:.2f}", f"{m['ssim']:.4f}"]
 
 
 def made_section(config, art):
@@ -1925,7 +1927,8 @@ def run(config, stage, out, device="cpu", force=False):
             continue
         redone.update([name] if stale else [])
         started, function = time.perf_counter(), stage_of(config, name).function
-        whole = {**art, "part": unfinished(config, name, path, art), "hub": {**hub, "force": anew}, "seconds": noted_seconds(out)}
+        whole = {**art, "part": unfinished(config, name, path, art), "hub": {**hub, "force": anew},
+                 "seconds": first(lambda: noted_seconds(out))}
         payload = agreed(lambda: unless_altered(lambda: function(config, pairs, whole, device), art)
                          if name in SHARED or rank() == 0 else None)
         first(lambda: finish(config, name, out, payload))
@@ -2186,8 +2189,9 @@ def parser():
     add("--force", action="store_true", help="measure latency anew, with new AI Hub jobs [off]")
     groups["stage deblur"].add_argument("--input", metavar="PHOTO", help="a photograph")
     groups["stage deblur"].add_argument("--output", metavar="FILE", help="where the restored one goes, .png or .jpg")
+    headings = sections()
     for field in dataclasses.fields(Config):
-        groups[sections()[field.name]].add_argument(flag(field.name), **argument(field))
+        groups[headings[field.name]].add_argument(flag(field.name), **argument(field))
     return p
 
 
