@@ -1142,10 +1142,10 @@ def measure_nets(config, table, entries, choices, device, hub, count=30):
         choices = {**choices, **{name: choice for name, (choice, _) in more.items()}}
         entries = {**entries, **{name: entry for name, (_, entry) in more.items()}}
         say(f"evaluate: timing {len(entries)} whole nets ...")
-    measured = whole_net_ms(config.target, entries, device, hub)
+    measured, repeat_tau = whole_net_ms(config.target, entries, device, hub)
     if config.target == "local":
         drift = measured["base"] / table["base_ms"]
-    return measured, do_the_sums_hold(table, choices, measured, where, drift)
+    return measured, {**do_the_sums_hold(table, choices, measured, where, drift), "repeat_tau": repeat_tau}
 
 
 def random_nets(table, base, shape, count, rng):
@@ -1163,16 +1163,33 @@ def random_nets(table, base, shape, count, rng):
 
 
 def whole_net_ms(target, entries, device, hub):
-    """{name: (deployed net, shape)} -> {name: measured ms, None where the target measures no whole net}."""
+    """{name: (deployed net, shape)} -> ({name: measured ms, None where the target measures no whole net}, repeat tau).
+
+    The latter, of `local_net_ms`, is None for other targets.
+    """
     if target == "local":
-        return profile_device.settled(profile_device.time_together(entries, device, rounds=24, warmup=1, calls=1))
+        return local_net_ms(entries, device)
     if target == "qai-hub":
         entries = {name: (net.cpu(), shape) for name, (net, shape) in entries.items()}
         found = profile_device.profile_hub(entries, **(hub or {}))
         for line in profile_device.remarks({"modules": found}):
             say(line)
-        return {name: result["ms"] for name, result in found.items()}
-    return {name: None for name in entries}
+        return {name: result["ms"] for name, result in found.items()}, None
+    return dict.fromkeys(entries), None
+
+
+def local_net_ms(entries, device, rounds=24, most=72, enough=0.85):
+    """{name: (deployed net, shape)} -> ({name: ms}, repeat tau: Kendall's, between odd and even rounds, without the base net).
+
+    What the measurement does not tell twice, no prediction can tell: below `enough`, another `rounds` follow, up to `most`.
+    """
+    times, repeat_tau = {name: [] for name in entries}, 0.0
+    while repeat_tau < enough and len(times["base"]) < most:
+        more = profile_device.time_together(entries, device, rounds, warmup=1, calls=1)
+        times = {name: ms + more[name] for name, ms in times.items()}
+        odd, even = (profile_device.settled({name: ms[i::2] for name, ms in times.items() if name != "base"}) for i in (0, 1))
+        repeat_tau = float(kendalltau(list(odd.values()), list(even.values())).statistic)
+    return profile_device.settled(times), repeat_tau
 
 
 def do_the_sums_hold(table, choices, measured, where, drift=1.0):
@@ -1339,7 +1356,7 @@ def gain_words(metrics):
     key, how = "latency_ms", "measured, interleaved"
     if None in (base["latency_ms"], chosen["latency_ms"]):
         key, how = "predicted_ms", "predicted from the latency table, not measured"
-    elif "statistic" in metrics["sums"]["measured_on"]:
+    elif metrics["config"]["target"] != "local":
         how = f"measured on {metrics['sums']['measured_on']['device']}"
     return (f"The chosen net runs {base[key] / chosen[key]:.2f}x as fast as the base ({how}) "
             f"at {chosen['psnr_db'] - base['psnr_db']:+.2f} dB; the base has "
@@ -1480,7 +1497,9 @@ def sums_text(metrics):
                                            "profiled, in this machine's drift; predictions here are scaled by that.")
     error = sums["mean_relative_error"]
     error = "the base net alone was measured" if error is None else f"mean relative error {error:.1%}"
-    return [f"{len(sums['rows'])} nets, of which the base is right by construction and does not count: {tau}{error}.{drift}",
+    repeat = "" if sums["repeat_tau"] is None else (f" Two halves of the measurement itself agree to {sums['repeat_tau']:.2f}: noise "
+                                                    "that no prediction can foresee.")
+    return [f"{len(sums['rows'])} nets, of which the base is right by construction and does not count: {tau}{error}.{repeat}{drift}",
             measured_on(sums["measured_on"]),
             markdown(["net", "predicted ms" + (" x drift" if sums["drift"] != 1 else ""), "measured ms", "error"],
                      [[row["net"], f"{row['predicted_ms']:.1f}", f"{row['measured_ms']:.1f}",

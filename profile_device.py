@@ -55,33 +55,36 @@ def time_local(module, shape, device="cpu", rounds=20, warmup=3):
 def time_together(entries, device="cpu", rounds=20, warmup=3, calls=4):
     """{name: (module, shape)} -> {name: [ms, one per round]}.
 
-    Every round visits each module, so that a machine that drifts does so under all of them alike. Of the `calls`
-    of a visit the first counts for nothing (its caches are cold) and the best of the others counts. With 1, that
-    one counts: right for whole nets, which fill the caches themselves, so that time is better spent on rounds.
+    Every round visits each module, so that a machine that drifts does so under all of them alike, in an order of
+    its own, so that none always follows the same other. Of the `calls` of a visit the first counts for nothing
+    (its caches are cold) and the best of the others counts. With 1, that one counts: right for whole nets, which
+    fill the caches themselves, so that time is better spent on rounds.
     """
     keep_memory()
     generator = torch.Generator().manual_seed(0)
     inputs = {name: torch.rand(shape, generator=generator).to(device).contiguous(
         memory_format=torch.channels_last) for name, (_, shape) in entries.items()}
-    times = {name: [] for name in entries}
+    times, names = {name: [] for name in entries}, list(entries)
     with torch.inference_mode():
         for turn in range(-warmup, rounds):
-            for name, (module, _) in entries.items():
-                visit = [call_ms(module, inputs[name]) for _ in range(calls)]
+            for i in torch.randperm(len(names), generator=generator):
+                name = names[i]
+                visit = [call_ms(entries[name][0], inputs[name]) for _ in range(calls)]
                 if turn >= 0:
                     times[name].append(min(visit[1:] or visit))
     return times
 
 
 def settled(times):
-    """{name: [ms, one per round]} -> {name: median ms, once the pace of each round is divided out}.
+    """{name: [ms, one per round]} -> {name: lower quartile in ms, once the pace of each round is divided out}.
 
-    A round's pace is the median, over the names, of its time over the name's own median: where a machine
-    slows down it does so under all alike, and that tells nothing about any one of them.
+    A round's pace is the lower quartile, over the names, of its time over the name's own: where a machine
+    slows down it does so under all alike, and that tells nothing about any one of them. Lower quartiles, since
+    other programs only ever make a call slower: as long as a fourth of the calls are spared, the rest do not count.
     """
-    middle = {name: statistics.median(ms) for name, ms in times.items()}
-    paces = [statistics.median(ms / m for ms, m in zip(turn, middle.values())) for turn in zip(*times.values())]
-    return {name: statistics.median(t / pace for t, pace in zip(ms, paces)) for name, ms in times.items()}
+    ms = torch.tensor(list(times.values()), dtype=torch.float64)                    # (names, rounds)
+    pace = (ms / ms.quantile(0.25, 1, keepdim=True)).quantile(0.25, 0)              # (rounds,)
+    return dict(zip(times, (ms / pace).quantile(0.25, 1).tolist()))
 
 
 def keep_memory():
@@ -162,7 +165,8 @@ def local_timing(net, blocks, frame, deploy, device, rounds):
     sites = {site: [ms[key] for key in row] for site, row in keys.items()}
     return {**machine(device), "sites": sites, "base_ms": ms["net"],
             "rest_ms": ms["net"] - sum(row[0] for row in sites.values()),
-            "spread": max(relative_spread(samples) for samples in times.values()), "rounds": rounds}
+            "statistic": "lower quartile of interleaved rounds, the pace of each divided out", "rounds": rounds,
+            "spread": max(relative_spread(samples) for samples in times.values())}
 
 
 def time_in_place(keys, entries, device="cpu", rounds=60, warmup=3):

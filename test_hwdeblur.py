@@ -660,10 +660,12 @@ class Profile(unittest.TestCase):
         agree = [np.sign(p[i] - p[j]) * np.sign(m[i] - m[j]) for i, j in itertools.combinations(range(1, 8), 2)]
         self.assertAlmostEqual(sums["tau"], np.mean(agree))
         self.assertAlmostEqual(sums["mean_relative_error"], np.mean(np.abs(p / m - 1)[1:]))
-        self.assertIn("Kendall's tau", hwdeblur.sums_text({"sums": sums})[0])
+        for said in ("Kendall's tau", f"agree to {sums['repeat_tau']:.2f}"):
+            self.assertIn(said, hwdeblur.sums_text({"sums": sums})[0])
         measured, sums = hwdeblur.measure_nets(dataclasses.replace(config, target="paper"), table, entries, choices, "cpu", None)
         self.assertEqual(measured, {"base": None, "chosen": None})
-        self.assertEqual(sums, {"rows": [], "drift": 1.0, "measured_on": None, "tau": None, "mean_relative_error": None})
+        self.assertEqual(sums, {"rows": [], "drift": 1.0, "measured_on": None, "tau": None, "mean_relative_error": None,
+                                "repeat_tau": None})
 
     def test_random_nets_are_the_configurations_they_are_named_after(self):
         table = {"sites": dict.fromkeys(self.sites)}
@@ -695,9 +697,38 @@ class Profile(unittest.TestCase):
                    for n, name in enumerate("ab", start=1)}
         times = profile_device.time_together(modules, rounds=5, warmup=2)
         self.assertEqual({name: len(ms) for name, ms in times.items()}, {"a": 5, "b": 5})
-        visits = [name for name, _ in itertools.groupby(calls)]
-        self.assertEqual([name for name, _ in visits], ["a", "b"] * 7)
-        self.assertEqual({shape for _, shape in visits}, {(1, 1, 4, 4), (1, 2, 4, 4)})
+        visits = calls[::4]                                        # each visit makes four calls
+        self.assertEqual(calls, [visit for visit in visits for _ in range(4)])
+        rounds = [tuple(visits[i:i + 2]) for i in range(0, 14, 2)]
+        self.assertEqual({tuple(sorted(turn)) for turn in rounds}, {(("a", (1, 1, 4, 4)), ("b", (1, 2, 4, 4)))})
+        self.assertEqual(len(set(rounds)), 2)                      # in either order
+
+    def test_half_of_all_calls_slowed_down_change_no_time(self):
+        true, rng = np.array([3.0, 5.0, 8.0, 9.0, 20.0]), np.random.default_rng(0)
+        slow = rng.permuted(np.repeat([1.0, 1.0, 2.5, 4.0], 10)[:, None].repeat(5, 1), axis=0)          # (rounds, names)
+        found = profile_device.settled(dict(enumerate((true * slow).T.tolist())))
+        np.testing.assert_allclose(list(found.values()), true)
+        self.assertGreater(np.abs(np.median(true * slow, 0) / true - 1).max(), 0.2)
+
+    def test_rounds_go_on_until_the_measurement_repeats_itself(self):
+        """Nets of 1 to 9 ms; in the first 24 rounds every other round tells nothing about them."""
+        noise, rounds, asked = np.random.default_rng(0).uniform(1, 9, (12, 9)), np.tile(np.arange(1.0, 10), (48, 1)), []
+        rounds[:24:2] = noise
+
+        def next_rounds(entries, device, count, **_):
+            asked.append(count)
+            first = sum(asked[:-1])
+            return dict(zip(entries, rounds[first:first + count].T.tolist()))
+
+        with mock.patch.object(profile_device, "time_together", next_rounds):
+            names = ["base", *range(8)]
+            self.assertLess(hwdeblur.local_net_ms(names, "cpu", most=24)[1], 0.85)
+            asked.clear()
+            measured, repeat_tau = hwdeblur.local_net_ms(names, "cpu", enough=0.6)
+        self.assertEqual((asked, list(measured)), ([24, 24], names))
+        odd, even = (list(profile_device.settled(dict(enumerate(rounds[i::2, 1:].T.tolist()))).values()) for i in (0, 1))
+        agree = [np.sign(odd[i] - odd[j]) * np.sign(even[i] - even[j]) for i, j in itertools.combinations(range(8), 2)]
+        self.assertAlmostEqual(repeat_tau, np.mean(agree))
 
 
 class Loopback(http.server.BaseHTTPRequestHandler):
