@@ -946,11 +946,12 @@ def stage_profile(config, pairs, art, device):
     net, sites = base_net(art), art["saliency"]["sites"]
     surrogates = {site: {k: blocks.new_surrogate(net, site, k, config.seed) for k in range(1, len(blocks.BLOCKS))}
                   for site in sites}
+    measure = profile_device.latency_table
     if config.target == "local":
         say(f"profile: timing {len(blocks.BLOCKS)} options at {len(sites)} sites, inside the whole net ...")
+        measure = functools.partial(profile_device.alone, measure)
     try:
-        table = profile_device.latency_table(net, surrogates, sites, config.frame, config.target,
-                                             blocks.deploy, device, hub=art.get("hub"))
+        table = measure(net, surrogates, sites, config.frame, config.target, blocks.deploy, device, hub=art.get("hub"))
     except ValueError as error:
         raise InputError(str(error)) from None
     for line in profile_device.remarks(table):
@@ -1178,18 +1179,20 @@ def whole_net_ms(target, entries, device, hub):
     return dict.fromkeys(entries), None
 
 
-def local_net_ms(entries, device, rounds=24, most=72, enough=0.85):
-    """{name: (deployed net, shape)} -> ({name: ms}, repeat tau: Kendall's, between odd and even rounds, without the base net).
+def local_net_ms(entries, device, rounds=12, most=72, enough=0.85):
+    """{name: (deployed net, shape)} -> ({name: ms}, repeat tau: Kendall's, between two halves, without the base net).
 
-    What the measurement does not tell twice, no prediction can tell: below `enough`, another `rounds` follow, up to `most`.
+    Each half is measured in a process of its own. What does not repeat itself, no prediction can tell: below
+    `enough`, two processes more take another `rounds` each, up to `most` in all.
     """
-    times, repeat_tau = {name: [] for name in entries}, 0.0
-    while repeat_tau < enough and len(times["base"]) < most:
-        more = profile_device.time_together(entries, device, rounds, warmup=1, calls=1)
-        times = {name: ms + more[name] for name, ms in times.items()}
-        odd, even = (profile_device.settled({name: ms[i::2] for name, ms in times.items() if name != "base"}) for i in (0, 1))
-        repeat_tau = float(kendalltau(list(odd.values()), list(even.values())).statistic)
-    return profile_device.settled(times), repeat_tau
+    halves, repeat_tau = [{name: [] for name in entries} for _ in range(2)], -math.inf
+    while repeat_tau < enough and 2 * len(halves[0]["base"]) < most:
+        for half in halves:
+            more = profile_device.alone(profile_device.time_together, entries, device, rounds, warmup=1, calls=1)
+            half.update({name: half[name] + more[name] for name in entries})
+        pair = [profile_device.settled({name: ms for name, ms in half.items() if name != "base"}) for half in halves]
+        repeat_tau = float(kendalltau(*(list(ms.values()) for ms in pair)).statistic)
+    return profile_device.settled({name: halves[0][name] + halves[1][name] for name in entries}), repeat_tau
 
 
 def do_the_sums_hold(table, choices, measured, where, drift=1.0):

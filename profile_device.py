@@ -15,9 +15,11 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -94,6 +96,23 @@ def keep_memory():
     block took up to three times as long inside one process as inside another. Harmless elsewhere.
     """
     torch.empty(31 * 2 ** 20, dtype=torch.uint8)
+
+
+def alone(call, *args, **kwargs):
+    """call(*args, **kwargs) in a fresh Python process with as many threads; here, if that process cannot import what it needs.
+
+    Where the C library puts a tensor, and so which caches it meets, depends on all that a process did before: once
+    it had trained a net, some blocks took up to 1.3 times as long. Everything passed, and returned, is pickled.
+    """
+    child = ("import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
+             "threads, call, args, kwargs = pickle.load(sys.stdin.buffer); "
+             "import torch; torch.set_num_threads(threads); pickle.dump(call(*args, **kwargs), sys.stdout.buffer)")
+    try:
+        task = pickle.dumps(sys.path) + pickle.dumps((torch.get_num_threads(), call, args, kwargs))
+        return pickle.loads(subprocess.run([sys.executable, "-c", child], input=task, stdout=subprocess.PIPE,
+                                           stderr=subprocess.DEVNULL, check=True).stdout)
+    except (pickle.PickleError, AttributeError, TypeError, subprocess.CalledProcessError):
+        return call(*args, **kwargs)                                                # an error of the call shows itself here
 
 
 def call_ms(function, x):

@@ -710,25 +710,41 @@ class Profile(unittest.TestCase):
         np.testing.assert_allclose(list(found.values()), true)
         self.assertGreater(np.abs(np.median(true * slow, 0) / true - 1).max(), 0.2)
 
+    def test_alone_is_another_process_with_as_many_threads(self):
+        self.assertNotEqual(profile_device.alone(os.getpid), os.getpid())
+        threads = torch.get_num_threads()
+        self.addCleanup(torch.set_num_threads, threads)
+        torch.set_num_threads(threads + 1)
+        self.assertEqual(profile_device.alone(torch.get_num_threads), threads + 1)
+        net, state = blocks.deploy(self.net), torch.get_rng_state()
+        there = profile_device.alone(blocks.NAFNet.forward, net, images(1, 3, 8, 8))
+        self.assertTrue(torch.equal(there, net(images(1, 3, 8, 8))))
+        self.assertTrue(torch.equal(torch.get_rng_state(), state))
+        self.assertEqual(profile_device.alone(lambda: os.getpid()), os.getpid())       # nothing that others could import
+        with self.assertRaisesRegex(ValueError, "invalid literal"):
+            profile_device.alone(int, "three")
+
     def test_rounds_go_on_until_the_measurement_repeats_itself(self):
-        """Nets of 1 to 9 ms; in the first 24 rounds every other round tells nothing about them."""
-        noise, rounds, asked = np.random.default_rng(0).uniform(1, 9, (12, 9)), np.tile(np.arange(1.0, 10), (48, 1)), []
-        rounds[:24:2] = noise
+        """Nets of 1 to 9 ms; the first two processes tell nothing about them, the next four all."""
+        names, asked = ["base", *range(8)], []
+        batches = [*np.random.default_rng(0).uniform(1, 9, (2, 12, 9)), *[np.tile(np.arange(1.0, 10), (12, 1))] * 4]
 
-        def next_rounds(entries, device, count, **_):
-            asked.append(count)
-            first = sum(asked[:-1])
-            return dict(zip(entries, rounds[first:first + count].T.tolist()))
+        def next_rounds(call, entries, device, rounds, **_):
+            asked.append(rounds)
+            return dict(zip(entries, batches[len(asked) - 1].T.tolist()))
 
-        with mock.patch.object(profile_device, "time_together", next_rounds):
-            names = ["base", *range(8)]
-            self.assertLess(hwdeblur.local_net_ms(names, "cpu", most=24)[1], 0.85)
-            asked.clear()
-            measured, repeat_tau = hwdeblur.local_net_ms(names, "cpu", enough=0.6)
-        self.assertEqual((asked, list(measured)), ([24, 24], names))
-        odd, even = (list(profile_device.settled(dict(enumerate(rounds[i::2, 1:].T.tolist()))).values()) for i in (0, 1))
-        agree = [np.sign(odd[i] - odd[j]) * np.sign(even[i] - even[j]) for i, j in itertools.combinations(range(8), 2)]
-        self.assertAlmostEqual(repeat_tau, np.mean(agree))
+        def repeat_tau(count):
+            a, b = (list(profile_device.settled(dict(enumerate(np.concatenate(batches[i:count:2])[:, 1:].T.tolist()))).values())
+                    for i in (0, 1))
+            return np.mean([np.sign(a[i] - a[j]) * np.sign(b[i] - b[j]) for i, j in itertools.combinations(range(8), 2)])
+
+        with mock.patch.object(profile_device, "alone", next_rounds):
+            for enough, count in ((-1, 2), (repeat_tau(4), 4), (1.1, 6)):
+                asked.clear()
+                measured, found = hwdeblur.local_net_ms(names, "cpu", enough=enough)
+                self.assertEqual((asked, list(measured)), ([12] * count, names))
+                self.assertAlmostEqual(found, repeat_tau(count))
+        self.assertLess(repeat_tau(2), repeat_tau(4))
 
 
 class Loopback(http.server.BaseHTTPRequestHandler):
