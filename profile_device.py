@@ -82,7 +82,7 @@ def settled(times):
 
     A round's pace is the lower quartile, over the names, of its time over the name's own: where a machine
     slows down it does so under all alike, and that tells nothing about any one of them. Lower quartiles, since
-    other programs only ever make a call slower: as long as a fourth of the calls are spared, the rest do not count.
+    other programs only ever make a call slower: as long as well over a fourth of the calls are spared, the rest do not count.
     """
     ms = torch.tensor(list(times.values()), dtype=torch.float64)                    # (names, rounds)
     pace = (ms / ms.quantile(0.25, 1, keepdim=True)).quantile(0.25, 0)              # (rounds,)
@@ -99,20 +99,24 @@ def keep_memory():
 
 
 def alone(call, *args, **kwargs):
-    """call(*args, **kwargs) in a fresh Python process with as many threads; here, if that process cannot import what it needs.
+    """call(*args, **kwargs) in a fresh Python process with as many threads; should that fail, here, after saying so.
 
     Where the C library puts a tensor, and so which caches it meets, depends on all that a process did before: once
     it had trained a net, some blocks took up to 1.3 times as long. Everything passed, and returned, is pickled.
     """
-    child = ("import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
-             "threads, call, args, kwargs = pickle.load(sys.stdin.buffer); "
-             "import torch; torch.set_num_threads(threads); pickle.dump(call(*args, **kwargs), sys.stdout.buffer)")
+    child = ("import sys; sys.path.pop(0); import pickle; sys.path[:] = pickle.load(sys.stdin.buffer); "
+             "out, sys.stdout = sys.stdout.buffer, sys.stderr; threads, call, args, kwargs = pickle.load(sys.stdin.buffer); "
+             "import torch; torch.set_num_threads(threads); pickle.dump(call(*args, **kwargs), out)")
     try:
         task = pickle.dumps(sys.path) + pickle.dumps((torch.get_num_threads(), call, args, kwargs))
-        return pickle.loads(subprocess.run([sys.executable, "-c", child], input=task, stdout=subprocess.PIPE,
-                                           stderr=subprocess.DEVNULL, check=True).stdout)
-    except (pickle.PickleError, AttributeError, TypeError, subprocess.CalledProcessError):
-        return call(*args, **kwargs)                                                # an error of the call shows itself here
+        done = subprocess.run([sys.executable, "-c", child], input=task, capture_output=True)
+        if done.returncode == 0:
+            return pickle.loads(done.stdout)
+        why = (done.stderr.decode(errors="replace").splitlines() or [""])[-1]
+    except Exception as error:                    # what cannot be pickled raises errors of many kinds
+        why = f"{type(error).__name__}: {error}"
+    print(f"a fresh process could not do it ({why}): timing in this one, whose history counts", file=sys.stderr)
+    return call(*args, **kwargs)
 
 
 def call_ms(function, x):
@@ -205,13 +209,16 @@ def time_in_place(keys, entries, device="cpu", rounds=60, warmup=3):
     times = {key: [] for key in entries}
     with torch.inference_mode():
         for turn in range(-warmup, rounds):
+            seen = {}                             # {key: [ms]}: a block type may be several options
             for options in zip(*keys.values()):
                 for (parent, name), key in zip(places, options):
                     setattr(parent, name, entries[key][0])
                 first = options == tuple(row[0] for row in keys.values())
                 for key, ms in run_spans(net, x, spans).items():
-                    if turn >= 0 and (first or key != "net"):
-                        times[key].append(ms)
+                    if first or key != "net":
+                        seen.setdefault(key, []).append(ms)
+            for key, ms in seen.items() if turn >= 0 else ():
+                times[key].append(statistics.fmean(ms))
     return times
 
 
@@ -233,7 +240,7 @@ def stamp(x):
     if not x.is_cuda:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(x.device))
     return event
 
 

@@ -660,7 +660,7 @@ class Profile(unittest.TestCase):
         agree = [np.sign(p[i] - p[j]) * np.sign(m[i] - m[j]) for i, j in itertools.combinations(range(1, 8), 2)]
         self.assertAlmostEqual(sums["tau"], np.mean(agree))
         self.assertAlmostEqual(sums["mean_relative_error"], np.mean(np.abs(p / m - 1)[1:]))
-        for said in ("Kendall's tau", f"agree to {sums['repeat_tau']:.2f}"):
+        for said in ("Kendall's tau", f"agree to a tau of {sums['repeat_tau']:.2f}"):
             self.assertIn(said, hwdeblur.sums_text({"sums": sums})[0])
         measured, sums = hwdeblur.measure_nets(dataclasses.replace(config, target="paper"), table, entries, choices, "cpu", None)
         self.assertEqual(measured, {"base": None, "chosen": None})
@@ -720,9 +720,30 @@ class Profile(unittest.TestCase):
         there = profile_device.alone(blocks.NAFNet.forward, net, images(1, 3, 8, 8))
         self.assertTrue(torch.equal(there, net(images(1, 3, 8, 8))))
         self.assertTrue(torch.equal(torch.get_rng_state(), state))
-        self.assertEqual(profile_device.alone(lambda: os.getpid()), os.getpid())       # nothing that others could import
-        with self.assertRaisesRegex(ValueError, "invalid literal"):
-            profile_device.alone(int, "three")
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            self.assertEqual(profile_device.alone(lambda: os.getpid()), os.getpid())   # nothing that others could import
+            with self.assertRaisesRegex(ValueError, "invalid literal"):
+                profile_device.alone(int, "three")
+        self.assertRegex(said.getvalue(), r"(?s)pickle.*timing in this one.*invalid literal.*timing in this one")
+
+    def test_local_times_are_taken_in_another_process(self):
+        choices, config = {"base": {}, "chosen": {"mid.0": 5}}, hwdeblur.Config(frame=(16, 16))
+        entries = {name: (blocks.deploy(blocks.assemble(self.net, self.surrogates, choice)), (1, 3, 16, 16))
+                   for name, choice in choices.items()}
+        params = {"arch": hwdeblur.arch_of(self.net.state_dict()), "params": self.net.state_dict()}
+        art = {"base": params, "saliency": {"sites": self.sites}}
+        with mock.patch.object(profile_device, "stamp", side_effect=AssertionError):       # no time may be taken here
+            table = hwdeblur.stage_profile(config, None, art, "cpu")
+            measured, _ = hwdeblur.measure_nets(config, table, entries, choices, "cpu", None, count=2)
+        self.assertGreater(min(measured.values()), 0)
+        self.assertEqual(table["options"], [block.__name__ for block in blocks.BLOCKS])
+
+    def test_one_block_type_may_be_several_options(self):
+        twice = {site: {1: row[5], 2: row[1], 3: row[5]} for site, row in self.surrogates.items()}
+        table = profile_device.latency_table(self.net, twice, self.sites, 16, "local", blocks.deploy, rounds=3)
+        for row in table["sites"].values():
+            self.assertEqual(len(row), 4)
+            self.assertEqual(row[1], row[3])
 
     def test_rounds_go_on_until_the_measurement_repeats_itself(self):
         """Nets of 1 to 9 ms; the first two processes tell nothing about them, the next four all."""
