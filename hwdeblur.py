@@ -1500,9 +1500,10 @@ def sums_text(metrics):
                                            "profiled, in this machine's drift; predictions here are scaled by that.")
     error = sums["mean_relative_error"]
     error = "the base net alone was measured" if error is None else f"mean relative error {error:.1%}"
-    repeat = "" if sums.get("repeat_tau") is None else (f" Two halves of the measurement itself agree to a tau of "
-                                                        f"{sums['repeat_tau']:.2f}; the rest is noise that no prediction foresees.")
-    return [f"{len(sums['rows'])} nets, of which the base is right by construction and does not count: {tau}{error}.{repeat}{drift}",
+    repeat = "" if sums.get("repeat_tau") is None else (
+        f" Two halves of the measurement itself agree to a tau of {sums['repeat_tau']:.2f}.")
+    return [f"{len(sums['rows'])} nets, of which the base is right by construction and does not count: {tau}{error}."
+            f"{repeat}{drift}",
             measured_on(sums["measured_on"]),
             markdown(["net", "predicted ms" + (" x drift" if sums["drift"] != 1 else ""), "measured ms", "error"],
                      [[row["net"], f"{row['predicted_ms']:.1f}", f"{row['measured_ms']:.1f}",

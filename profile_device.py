@@ -217,8 +217,9 @@ def time_in_place(keys, entries, device="cpu", rounds=60, warmup=3):
                 for key, ms in run_spans(net, x, spans).items():
                     if first or key != "net":
                         seen.setdefault(key, []).append(ms)
-            for key, ms in seen.items() if turn >= 0 else ():
-                times[key].append(statistics.fmean(ms))
+            if turn >= 0:
+                for key, ms in seen.items():
+                    times[key].append(statistics.fmean(ms))
     return times
 
 
