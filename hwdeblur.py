@@ -1179,7 +1179,7 @@ def whole_net_ms(target, entries, device, hub):
     return dict.fromkeys(entries), None
 
 
-def local_net_ms(entries, device, rounds=12, most=72, enough=0.85):
+def local_net_ms(entries, device, rounds=12, most=72, enough=0.9):
     """{name: (deployed net, shape)} -> ({name: ms}, repeat tau: Kendall's, between two halves, without the base net).
 
     Each half is measured in a process of its own. What does not repeat itself, no prediction can tell: below
