@@ -1136,16 +1136,18 @@ def measure_nets(config, table, entries, choices, device, hub, count=30):
     Locally `count` random configurations are timed in the same rounds, so that `sums` (`do_the_sums_hold`) says
     how well the profiled blocks predict nets in general, whatever the machine's speed is by now.
     """
-    where, drift = {key: table[key] for key in (*WHERE, "frame") if key in table}, 1.0
+    where = {key: table[key] for key in (*WHERE, "frame") if key in table}
+    drift, repeat_tau = 1.0, None
     if config.target == "local":
         where.update(profile_device.machine(device))
         more = random_nets(table, *entries["base"], count, np.random.default_rng([config.seed, 5]))
         choices = {**choices, **{name: choice for name, (choice, _) in more.items()}}
         entries = {**entries, **{name: entry for name, (_, entry) in more.items()}}
         say(f"evaluate: timing {len(entries)} whole nets ...")
-    measured, repeat_tau = whole_net_ms(config.target, entries, device, hub)
-    if config.target == "local":
+        measured, repeat_tau = local_net_ms(entries, device)
         drift = measured["base"] / table["base_ms"]
+    else:
+        measured = hub_net_ms(entries, hub) if config.target == "qai-hub" else dict.fromkeys(entries)
     return measured, {**do_the_sums_hold(table, choices, measured, where, drift), "repeat_tau": repeat_tau}
 
 
@@ -1163,20 +1165,12 @@ def random_nets(table, base, shape, count, rng):
     return nets
 
 
-def whole_net_ms(target, entries, device, hub):
-    """{name: (deployed net, shape)} -> ({name: measured ms, None where the target measures no whole net}, repeat tau).
-
-    The latter, of `local_net_ms`, is None for other targets.
-    """
-    if target == "local":
-        return local_net_ms(entries, device)
-    if target == "qai-hub":
-        entries = {name: (net.cpu(), shape) for name, (net, shape) in entries.items()}
-        found = profile_device.profile_hub(entries, **(hub or {}))
-        for line in profile_device.remarks({"modules": found}):
-            say(line)
-        return {name: result["ms"] for name, result in found.items()}, None
-    return dict.fromkeys(entries), None
+def hub_net_ms(entries, hub):
+    """{name: (deployed net, shape)} -> {name: ms on a device of AI Hub, None where its job failed}."""
+    found = profile_device.profile_hub({name: (net.cpu(), shape) for name, (net, shape) in entries.items()}, **(hub or {}))
+    for line in profile_device.remarks({"modules": found}):
+        say(line)
+    return {name: result["ms"] for name, result in found.items()}
 
 
 def local_net_ms(entries, device, rounds=12, most=72, enough=0.9):
