@@ -1,4 +1,4 @@
-"""NAFNet with swappable blocks: the net, its blocks, saliency, surrogates, assembly, deployment.
+"""NAFNet with swappable blocks: the net, its blocks, saliency, training, distillation, assembly, deployment.
 
 Letters in every docstring: B batch, C channels, H W pixels, S sites, K options per site.
 A *site* is a block that may be replaced ("dec0.0"), an *option* its number in BLOCKS (0 = the
@@ -273,6 +273,32 @@ BLOCKS = (NAFBlock, GatedBN, Gated, InvertedResidual, ReluBN, RepConv, GatedBNAt
 
 # ---------------------------------------------------------------------------------- the net
 
+def _stage(channels, blocks):
+    return nn.Sequential(*(NAFBlock(channels) for _ in range(blocks)))
+
+
+def _stages(net):
+    """[(name, nn.Sequential, stride), ...] in forward order; dec0 is the shallowest decoder."""
+    levels = len(net.encoders)
+    encoders = [(f"enc{i}", stage, 2 ** i) for i, stage in enumerate(net.encoders)]
+    decoders = [(f"dec{levels - 1 - i}", stage, 2 ** (levels - 1 - i))
+                for i, stage in enumerate(net.decoders)]
+    return encoders + [("mid", net.middle_blks, 2 ** levels)] + decoders
+
+
+def set_window(net, window):
+    """Set, in place, the attention window of every block of `net`, in input pixels (None: global)."""
+    for _, stage, stride in _stages(net):
+        for module in stage.modules():
+            if hasattr(module, "window"):
+                module.window = None if window is None else max(1, window // stride)
+
+
+def _slots(net):
+    """{site: (its stage, its position there)} in forward order."""
+    return {f"{name}.{i}": (stage, i) for name, stage, _ in _stages(net) for i in range(len(stage))}
+
+
 class NAFNet(nn.Module):
     """U-Net of NAF blocks (Chen et al. 2022); keys are those of the authors' released checkpoints.
 
@@ -319,35 +345,43 @@ class NAFNet(nn.Module):
         return (self.ending(x) + image)[:, :, :height, :width]
 
 
-def _stage(channels, blocks):
-    return nn.Sequential(*(NAFBlock(channels) for _ in range(blocks)))
-
-
-def _stages(net):
-    """[(name, nn.Sequential, stride), ...] in forward order; dec0 is the shallowest decoder."""
-    levels = len(net.encoders)
-    encoders = [(f"enc{i}", stage, 2 ** i) for i, stage in enumerate(net.encoders)]
-    decoders = [(f"dec{levels - 1 - i}", stage, 2 ** (levels - 1 - i))
-                for i, stage in enumerate(net.decoders)]
-    return encoders + [("mid", net.middle_blks, 2 ** levels)] + decoders
-
-
-def set_window(net, window):
-    """Set, in place, the attention window of every block of `net`, in input pixels (None: global)."""
-    for _, stage, stride in _stages(net):
-        for module in stage.modules():
-            if hasattr(module, "window"):
-                module.window = None if window is None else max(1, window // stride)
-
-
-def _slots(net):
-    """{site: (its stage, its position there)} in forward order."""
-    return {f"{name}.{i}": (stage, i) for name, stage, _ in _stages(net) for i in range(len(stage))}
-
-
 def site_names(net):
     """Every block in forward order: enc0.0 .. enc3.27 mid.0 dec3.0 .. dec0.0 (dec3 the deepest)."""
     return list(_slots(net))
+
+
+def architecture(params):
+    """{width, enc, middle, dec} of an authors' state dict, read off its keys and shapes; or ValueError."""
+    def count(prefix):
+        found = [int(key[len(prefix):].split(".")[0]) for key in params if key.startswith(prefix)]
+        if max(found, default=0) >= len(params):
+            raise ValueError(f"there are not {max(found)} parts named {prefix}")
+        return 1 + max(found, default=-1)
+
+    if "intro.weight" not in params or not all(torch.is_tensor(value) for value in params.values()):
+        raise ValueError("it needs tensors such as intro.weight")
+    levels = count("encoders.")
+    return {"width": params["intro.weight"].shape[0], "middle": count("middle_blks."),
+            "enc": [count(f"encoders.{i}.") for i in range(levels)],
+            "dec": [count(f"decoders.{i}.") for i in range(count("decoders."))]}
+
+
+def load_authors(params):
+    """A released state dict ("params" in the authors' files) -> NAFNet in eval mode, float32.
+
+    ValueError, with torch's own names of what is missing, unknown or of another shape, or not finite.
+    """
+    try:
+        arch = architecture(params)
+        with torch.device("meta"):                # shapes only: a damaged key may ask for a huge net
+            net = NAFNet(arch["width"], tuple(arch["enc"]), arch["middle"], tuple(arch["dec"]))
+        net.load_state_dict(params, strict=True, assign=True)
+    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    bad = [name for name, value in params.items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(f"{', '.join(bad[:3])} not finite")
+    return copy.deepcopy(net).float().eval().to(memory_format=torch.channels_last)
 
 
 def block_at(net, site):
@@ -402,33 +436,6 @@ def count_macs(module, shape):
 
 # ----------------------------------------------------------------- saliency (section II-A, table 1)
 
-def saliency(net, blur, sharp, loss):
-    """Six zero-cost saliency measures of every block on one minibatch -> {measure: {site: float}}.
-
-    blur, sharp (B, 3, H, W); loss(output, target) -> scalar. Abdelfattah et al. 2021, their released
-    code with split_data=1, summed over the convolution weights w of a block; g = dL/dw:
-    grad_norm sum |g|_2 per layer; snip sum |w g|; grasp -sum w (H g), H and g over all convolutions of
-    the net; plain sum w g; synflow sum |w dR/dw|, R the summed output of the float64 net with |params|
-    on ones; fisher sum over output channels of 1/2 mean_B (sum_HW a dL/da)^2, each channel once
-    (their pruning code repeats it for every weight of the channel). `net` is left untouched.
-    """
-    net = copy.deepcopy(net).requires_grad_(True)
-    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
-    w = [m.weight for m in convs]
-    g = torch.autograd.grad(loss(net(blur), sharp), w)
-    per_layer = {
-        "grad_norm": [gi.norm() for gi in g],
-        "snip": [(wi * gi).abs().sum() for wi, gi in zip(w, g)],
-        "grasp": [-(wi * hi).sum() for wi, hi in zip(w, _hessian_product(net, blur, sharp, loss, w, g))],
-        "fisher": _fisher(net, blur, sharp, loss, convs),
-        "plain": [(wi * gi).sum() for wi, gi in zip(w, g)],
-        "synflow": _synflow(net, blur.shape[1:])}
-    position = {m: i for i, m in enumerate(convs)}
-    return {measure: {site: sum(values[position[m]].item() for m in block_at(net, site).modules()
-                                if m in position) for site in site_names(net)}
-            for measure, values in per_layer.items()}
-
-
 def _hessian_product(net, blur, sharp, loss, w, g):
     """H g for the convolution weights w, by differentiating g'(w) . g (Pearlmutter 1994)."""
     live = torch.autograd.grad(loss(net(blur), sharp), w, create_graph=True)
@@ -460,6 +467,33 @@ def _synflow(net, shape):
     return [(wi * gi).abs().sum() for wi, gi in zip(w, torch.autograd.grad(net(ones).sum(), w))]
 
 
+def saliency(net, blur, sharp, loss):
+    """Six zero-cost saliency measures of every block on one minibatch -> {measure: {site: float}}.
+
+    blur, sharp (B, 3, H, W); loss(output, target) -> scalar. Abdelfattah et al. 2021, their released
+    code with split_data=1, summed over the convolution weights w of a block; g = dL/dw:
+    grad_norm sum |g|_2 per layer; snip sum |w g|; grasp -sum w (H g), H and g over all convolutions of
+    the net; plain sum w g; synflow sum |w dR/dw|, R the summed output of the float64 net with |params|
+    on ones; fisher sum over output channels of 1/2 mean_B (sum_HW a dL/da)^2, each channel once
+    (their pruning code repeats it for every weight of the channel). `net` is left untouched.
+    """
+    net = copy.deepcopy(net).requires_grad_(True)
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    w = [m.weight for m in convs]
+    g = torch.autograd.grad(loss(net(blur), sharp), w)
+    per_layer = {
+        "grad_norm": [gi.norm() for gi in g],
+        "snip": [(wi * gi).abs().sum() for wi, gi in zip(w, g)],
+        "grasp": [-(wi * hi).sum() for wi, hi in zip(w, _hessian_product(net, blur, sharp, loss, w, g))],
+        "fisher": _fisher(net, blur, sharp, loss, convs),
+        "plain": [(wi * gi).sum() for wi, gi in zip(w, g)],
+        "synflow": _synflow(net, blur.shape[1:])}
+    position = {m: i for i, m in enumerate(convs)}
+    return {measure: {site: sum(values[position[m]].item() for m in block_at(net, site).modules()
+                                if m in position) for site in site_names(net)}
+            for measure, values in per_layer.items()}
+
+
 def stage_totals(scores):
     """{measure: {site: value}} -> {measure: {stage: sum over its blocks}}, in the order of the sites."""
     totals = {}
@@ -489,7 +523,7 @@ def critical_stages(scores, keep=1):
     return sorted(ranks, key=ranks.get)[:keep]
 
 
-# ------------------------------------------------- surrogates (section II-B) and their assembly
+# ----------------------------------- training, surrogates (section II-B) and their assembly
 
 def new_surrogate(net, site, option, seed):
     """An untrained BLOCKS[option] for `site`: channels, device and dtype of the block it may replace.
@@ -504,71 +538,123 @@ def new_surrogate(net, site, option, seed):
     return block.to(device=like.device, dtype=like.dtype, memory_format=torch.channels_last)
 
 
-def distill(net, sites, batch_at, steps, lr, seed, only=None, amp=False, state=None, keep=None):
+def psnr_loss(x, y):
+    """What training minimises: minus the PSNR, kept finite where x = y (Chen et al. 2022)."""
+    return (10 * ((x - y).square().mean((-3, -2, -1)) + 1e-8).log10()).mean()
+
+
+def cosine(step, steps, first, last):
+    """The learning rate of a step, falling from `first` to `last` along half a cosine."""
+    return last + (first - last) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def loop_state(model, optimizer, losses, step):
+    """{step, model, optimizer, losses}, on the CPU, the last three by name, so that parts can be joined."""
+    return {"step": step, "model": {name: value.cpu() for name, value in model.state_dict().items()},
+            "optimizer": {name: {key: value.cpu() for key, value in optimizer.state[p].items()}
+                          for name, p in model.named_parameters() if p in optimizer.state},
+            "losses": {name: curve[:step].cpu() for name, curve in losses.items()}}
+
+
+def resume_loop(model, optimizer, losses, state):
+    """Model, optimiser and losses, in place, as they were in a `loop_state` -> its step. It may hold more."""
+    state = copy.deepcopy(state)
+    model.load_state_dict({name: state["model"][name] for name in model.state_dict()})
+    moments = [state["optimizer"].get(name) for name, _ in model.named_parameters()]
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {i: m for i, m in enumerate(moments) if m}})
+    for name, curve in losses.items():
+        curve[:state["step"]] = state["losses"][name]
+    return state["step"]
+
+
+def minimise(model, optimizer, names, losses_at, steps, rate, state=None, each=None):
+    """The one loop of training: minimise the sum of what losses_at(step) yields -> {name: (steps,) losses}.
+
+    losses_at yields (name of `names`, scalar), one after the other, so that each graph is freed before the
+    next; rate(step): learning rate. state: a `loop_state` to go on from, bit for bit. each(step, losses,
+    make): called before every step and after the last; make() is the state so far: copy or save it at once.
+    Losses stay on the device, since fetching one waits for it.
+    """
+    device = next(model.parameters()).device
+    losses = {name: torch.full((steps,), math.nan, device=device) for name in names}
+    begun = resume_loop(model, optimizer, losses, state) if state else 0
+    for step in range(begun, steps + 1):
+        if each:
+            each(step, losses, lambda: loop_state(model, optimizer, losses, step))
+        if step < steps:
+            optimizer.param_groups[0]["lr"] = rate(step)
+            optimizer.zero_grad()
+            for name, loss in losses_at(step):
+                loss.backward()
+                losses[name][step] = loss.detach()
+            optimizer.step()
+    return losses
+
+
+def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None):
+    """A trained copy of `net`, by NAFNet's recipe: AdamW (.9, .9), decay 1e-3, cosine to 1e-7, PSNR loss.
+
+    batch_at(step) -> blurred, sharp (B, 3, H, W) and, where ranks share a batch out unevenly, the weight of
+    this share. In eval mode throughout: NAF blocks do not mind, and batch norms keep the statistics of
+    distillation, which whole images share and small crops do not. amp: the net runs under bfloat16 autocast;
+    weights, loss and optimiser stay float32. state, each: see `minimise`; the loss is called "psnr".
+    wrap(net) -> the module to call in its place, say DistributedDataParallel.
+    """
+    net = copy.deepcopy(net).eval().requires_grad_(True)
+    model = wrap(net) if wrap else net
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.9), weight_decay=1e-3, fused=True)
+
+    def losses_at(step):
+        blur, sharp, *weight = batch_at(step)
+        with torch.autocast(blur.device.type, torch.bfloat16, enabled=amp):
+            output = model(blur)
+        loss = psnr_loss(output.to(sharp.dtype), sharp)
+        yield "psnr", weight[0] * loss if weight else loss
+
+    rate = lambda step: cosine(step, steps, lr, 1e-7)
+    minimise(net, optimizer, ["psnr"], losses_at, steps, rate, state, each)
+    return net.requires_grad_(False)
+
+
+def distill(net, sites, batch_at, steps, lr, seed, only=None, amp=False, state=None, each=None):
     """Train a surrogate for every site and option, each on its own (feature-wise distillation).
 
     Minimises |s(x) - b(x)|^2 / |b(x) - x|^2 where x goes into the block b in the frozen base net: the
     share of the block's work that s misses, 1 at the start. ONE teacher forward per batch feeds all
-    S x (K-1) students. batch_at(step) -> blurred (B, 3, H, W), or a pair whose first is that; AdamW,
+    S x (K-1) students. batch_at(step) -> blurred (B, 3, H, W), or a tuple whose first is that; AdamW,
     cosine from `lr` to 0. `only`: the (site, option) pairs to train; a subset gets the same bits. `amp`:
-    teacher and students run under bfloat16 autocast; weights, losses and optimiser stay float32.
-    keep(make): called before every step; make() is the state so far (copy or save it at once), and
-    `state`, such a one of at least these pairs, goes on from there bit for bit.
+    teacher and students run under bfloat16 autocast; weights, losses and optimiser stay float32. state, each:
+    see `minimise`; a state of at least these pairs goes on from there bit for bit.
     Returns (surrogates {site: {option: module in eval mode}}, losses {site: {option: one per step}}).
     """
     pairs = [(site, k) for site in sites for k in range(1, len(BLOCKS))]
     if only is not None:
-        wanted = set(map(tuple, only))
-        pairs = [pair for pair in pairs if pair in wanted]
-    students = {pair: new_surrogate(net, *pair, seed).train() for pair in pairs}
-    params = [p for student in students.values() for p in student.parameters()]
-    optimizer = torch.optim.AdamW(params, lr=lr) if params else None
-    losses = _restore(students, optimizer, state) if state and pairs else {pair: [] for pair in pairs}
-    for step in range(state["step"] if state else 0, steps if pairs else 0):
-        if keep:
-            keep(lambda: _distill_state(students, optimizer, losses, step))
-        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+        pairs = [pair for pair in pairs if pair in set(map(tuple, only))]
+    if not pairs:
+        return {}, {}
+    names = {f"{site} {k}".replace(".", "-"): (site, k) for site, k in pairs}      # modules take no dots
+    students = nn.ModuleDict({name: new_surrogate(net, *pair, seed) for name, pair in names.items()})
+    optimizer = torch.optim.AdamW(students.train().parameters(), lr=lr, fused=True)
+
+    def losses_at(step):
         batch = batch_at(step)
         blur = batch if torch.is_tensor(batch) else batch[0]
         low = torch.autocast(blur.device.type, torch.bfloat16, enabled=amp)
         with low:
-            features = block_io(net, blur, {s for s, _ in pairs})
-        optimizer.zero_grad()
-        for (site, option), student in students.items():
-            x, y = (feature.to(net.intro.weight.dtype) for feature in features[site])
+            features = block_io(net, blur, {site for site, _ in pairs})
+        for name, student in students.items():
+            x, y = (feature.to(net.intro.weight.dtype) for feature in features[names[name][0]])
             with low:
                 output = student(x)
-            loss = F.mse_loss(output.to(y.dtype), y) / F.mse_loss(y, x).clamp_min(1e-12)    # a block may do nothing
-            loss.backward()
-            losses[site, option].append(loss.item())
-        optimizer.step()
-    return _by_site({p: s.eval() for p, s in students.items()}), _by_site(losses)
+            yield name, F.mse_loss(output.to(y.dtype), y) / F.mse_loss(y, x).clamp_min(1e-12)     # y may be x
 
-
-def _distill_state(students, optimizer, losses, step):
-    """{step, students {(site, option): (parameters, AdamW's state of each, losses)}}, on the CPU."""
-    return {"step": step, "students": {pair: (
-        {name: p.cpu() for name, p in student.state_dict().items()},
-        [{name: v.cpu() for name, v in optimizer.state.get(p, {}).items()} for p in student.parameters()],
-        losses[pair]) for pair, student in students.items()}}
-
-
-def _restore(students, optimizer, state):
-    """Students and optimiser, in place, as `_distill_state` found them -> {(site, option): losses}."""
-    own = {pair: copy.deepcopy(state["students"][pair]) for pair in students}
-    for pair, student in students.items():
-        student.load_state_dict(own[pair][0])
-    moments = [moment for _, of_student, _ in own.values() for moment in of_student]
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(enumerate(moments))})
-    return {pair: list(curve) for pair, (_, _, curve) in own.items()}
-
-
-def _by_site(flat):
-    """{(site, option): v} -> {site: {option: v}}."""
-    nested = {}
-    for (site, option), value in flat.items():
-        nested.setdefault(site, {})[option] = value
-    return nested
+    rate = lambda step: cosine(step, steps, lr, 0.0)
+    losses = minimise(students, optimizer, names, losses_at, steps, rate, state, each)
+    surrogates, curves = {}, {}
+    for name, (site, k) in names.items():
+        surrogates.setdefault(site, {})[k] = students[name].eval()
+        curves.setdefault(site, {})[k] = losses[name].tolist()
+    return surrogates, curves
 
 
 def assemble(net, surrogates, choice):
@@ -642,7 +728,8 @@ def bench(rounds=7):
     """Print how much faster the net is than its plain NCHW form: medians, interleaved rounds."""
     net, x = NAFNet(), torch.rand(1, 3, 256, 256)
     pair = (net, plain_copy(net))
-    for name, call in (("inference", torch.no_grad()(lambda m: m(x))), ("training", lambda m: m(x).sum().backward())):
+    calls = {"inference": torch.no_grad()(lambda m: m(x)), "training": lambda m: m(x).sum().backward()}
+    for name, call in calls.items():
         times = ([], [])
         for turn in range(rounds + 1):
             for i, module in enumerate(pair):
@@ -650,16 +737,18 @@ def bench(rounds=7):
                 call(module)
                 times[i].append(time.perf_counter() - started)
         fast, slow = (statistics.median(t[1:]) for t in times)
-        print(f"{name} at 256x256, {torch.get_num_threads()} threads: {slow / fast:.2f}x the speed of plain NCHW "
-              f"({fast * 1e3:.0f} against {slow * 1e3:.0f} ms)")
+        print(f"{name} at 256x256, {torch.get_num_threads()} threads: {slow / fast:.2f}x the speed of plain "
+              f"NCHW ({fast * 1e3:.0f} against {slow * 1e3:.0f} ms)")
 
 
 def main():
-    """Print the blocks: parameters and MACs at channels and resolutions of the paper's net; --bench: speed."""
+    """Print the blocks: parameters and MACs at shapes of the paper's net; --bench: speed."""
     print(f"{'option':<22}{'params, C=32':>14}{'MMACs, 32x256x256':>20}{'MMACs, 512x16x16':>20}")
     for option, block in enumerate(BLOCKS):
-        macs = [count_macs(deploy(block(c)), (1, c, side, side)) / 1e6 for c, side in ((32, 256), (512, 16))]
-        print(f"{option} {block.__name__:<20}{count_params(deploy(block(32))):>14,}{macs[0]:>20.1f}{macs[1]:>20.1f}")
+        shapes = ((1, 32, 256, 256), (1, 512, 16, 16))
+        macs = [count_macs(deploy(block(shape[1])), shape) / 1e6 for shape in shapes]
+        size = count_params(deploy(block(32)))
+        print(f"{option} {block.__name__:<20}{size:>14,}{macs[0]:>20.1f}{macs[1]:>20.1f}")
     net = NAFNet()
     print(f"NAFNet width 32: {len(site_names(net))} blocks, {count_params(net):,} parameters, "
           f"{count_macs(net, (1, 3, 256, 256)) / 1e9:.2f} GMACs at 256x256")

@@ -1,26 +1,27 @@
-"""Towards Efficient Image Deblurring for Edge Deployment: data, metrics, training, stages, command line.
+"""Towards Efficient Image Deblurring for Edge Deployment: data, metrics, stages, report, command line.
 
     pairs -> saliency -> sites -> distill -> surrogates --+
                            \\--> profile -> latency table --+--> search -> front -> knee -> finetune -> ...
 
-Images are float32 RGB in [0, 1], (B, 3, H, W) or (3, H, W); stored pairs are uint8 (3, H, W). A stage is
-a function of (config, pairs, earlier artefacts) to one artefact; only `run`, `main` and what an unfinished
-stage keeps touch the disk. The sections of this file, in order:
+Images are float32 RGB in [0, 1], (B, 3, H, W) or (3, H, W); stored pairs are uint8 (3, H, W). A stage is a
+function of (job, earlier artefacts by name) to one artefact; only the store touches the disk. The sections
+of this file, in order, each built on those above it:
 
-    configuration                                every value that decides the result, with its unit; presets
+    errors and progress                          one line for the user; one live line on a terminal
+    configuration                                every value that decides the result, with unit and bounds
     ranks: processes that share a stage          what torchrun's processes tell one another; errors reach all
+    the store                                    artefacts: written whole, read and checked
+    unfinished stages                            what a run that was cut off goes on from
     made pairs: dead leaves and camera shake     training data where --data gives none
-    pairs on disk                                folders and lists, splits, crops, batches
+    pairs on disk                                folders and lists, splits
+    batches                                      crops as a function of (seed, step)
     metrics                                      PSNR, SSIM, scores of nets over whole images
-    training                                     the one loop of base training and fine-tuning
-    what an unfinished stage keeps               so that a run that was cut off goes on where it was
-    nets in and out of artefacts                 state dicts, checked, to nets
+    nets in and out of artefacts                 state dicts to nets
     the stages                                   section II, a function each: base to evaluate
-    the report                                   report.md, pareto.png, samples.png
-    one photograph                               --stage deblur, in tiles where it is large
-    artefacts                                    the table of stages; files written whole, read and checked
-    progress                                     one live line on a terminal, few lines in a log
-    command line                                 run, export, the flags, main
+    the report                                   report.md, pareto.svg, samples.png
+    one photograph, one exported program         --stage deblur and --stage export
+    running the stages                           reuse, order, one writer at a time
+    command line                                 the flags, main
 """
 import argparse
 import contextlib
@@ -28,7 +29,9 @@ import copy
 import dataclasses
 import datetime
 import functools
+import gc
 import io
+import itertools
 import json
 import math
 import os
@@ -38,6 +41,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 import zipfile
 import zlib
@@ -49,7 +53,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from scipy.stats import kendalltau
+from scipy.ndimage import correlate1d, gaussian_filter
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -57,54 +61,122 @@ import blocks
 import profile_device
 import search
 
+try:
+    import fcntl
+except ImportError:                               # Windows: runs in one folder are not kept apart
+    fcntl = None
+
+
+# ------------------------------------------------------------------------------ errors and progress
 
 class InputError(Exception):
     """Something the user can put right: one line that names the thing and the remedy; exit status 2."""
 
 
-# ----------------------------------------------------------------------------- configuration
+class Stale(InputError):
+    """An artefact that is whole, but was made from something other than what is there now."""
 
-def knob(default, help, unit=""):
-    """A configuration entry: its demo value, one line with the section of the paper, the unit of the value."""
-    return dataclasses.field(default=default, metadata={"help": help, "unit": unit})
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def one_line(error):
+    """What the user is told of an error that is no bug."""
+    return f"{error.filename or ''}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+
+
+def say(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+def progress(label, total, begun=0):
+    """A function (done, note) that shows one line of at most 79 columns, live on a terminal, five in a log.
+
+    begun: how many were done before, in another process. note() -> text, asked for when it is shown.
+    """
+    started, live, said = time.perf_counter(), sys.stderr.isatty(), [0.0]
+
+    def tick(done, note=lambda: ""):
+        now = time.perf_counter()
+        if done <= begun or done < total and (now - said[0] < 0.2 if live else done % -(-total // 5)):
+            return
+        said[0] = now
+        spent = max(now - started, 1e-9) / (done - begun)                # seconds apiece
+        left = f"{1 / spent:.1f}/s, {spent * (total - done):.0f} s left"
+        line = f"{label}: {done}/{total}, {left} {note()}".rstrip()
+        end = "\r" if live and done < total else "\n"
+        print(f"{line[:79]:<79}" if live else line, end=end, file=sys.stderr, flush=True)
+
+    return tick
+
+
+# ------------------------------------------------------------------------------------ configuration
+
+def knob(default, stages, help, unit="", least=None, most=10 ** 9, choices=None):
+    """A configuration entry: all that the flag, its help and its check need.
+
+    default: of the demo preset; stages: those whose artefacts depend on it, the first its heading in the
+    help ("data": base and adaptation depend on it; "any": none does); help: one line with the section of the
+    paper; least, most: the bounds of every number in it.
+    """
+    return dataclasses.field(default=default, metadata=dict(
+        stages=stages.split(), help=help, unit=unit, least=least, most=most, choices=choices))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that decides the result. Defaults are the demo preset, sized for two CPU cores."""
-    seed: int = knob(0, "seed of every random choice")
-    data: str = knob("", "folder with train and test pairs: sibling folders or lists; none: made pairs")
-    from_: str = knob("", "a finetuned.pt to adapt to --data, without a search (III-C)")
-    test: tuple = knob((), "a further test set, folder or list; may be given several times")
-    workers: int = knob(0, "processes that decode training images; batches are the same for any number")
-    made_train: int = knob(256, "made pairs for training and distillation")
-    made_test: int = knob(32, "made pairs for validation, and as many for testing")
-    made_size: int = knob(128, "side of a made image", "pixels")
-    few: int = knob(64, "own training pairs below which as many made ones take half of all crops")
-    val_pairs: int = knob(16, "most pairs carved from train to score the search and pick (II-C)")
-    weights: str = knob("", "pre-trained NAFNet checkpoint (authors' format); none: train one")
-    width: int = knob(16, "channels of the net at full resolution")
-    enc: tuple = knob((1, 1, 4, 1), "blocks per encoder stage (small crops need theirs earlier)")
-    middle: int = knob(1, "blocks in the middle stage")
-    dec: tuple = knob((1, 1, 1, 1), "blocks per decoder stage")
-    crop: int = knob(96, "side of a training crop", "pixels")
-    batch: int = knob(4, "crops per training step")
-    amp: bool = knob(False, "train in bfloat16 where that is safe (autocast): base, distill, finetune")
-    base_steps: int = knob(2400, "length of base training", "steps")
-    base_lr: float = knob(2e-3, "first learning rate of base training, cosine to 1e-7")
-    frame: tuple = knob((256, 256), "input of the profiled net (III-A), H or HxW", "pixels")
-    target: str = knob("local", "latency table: local (this machine), qai-hub (a phone) or paper (its table 2)")
-    hub_device: str = knob(profile_device.HUB_DEVICE, "device of Qualcomm AI Hub, for --target qai-hub (III-A)")
-    hub_runtime: str = knob("tflite", "runtime on that device: tflite, qnn_context_binary or onnx")
-    distill_share: float = knob(0.25, "share of the training pairs used for distillation (III-A)")
-    distill_steps: int = knob(150, "length of distillation, all surrogates in one pass (II-B)", "steps")
-    distill_lr: float = knob(4e-3, "first learning rate of distillation, cosine to 0")
-    evaluations: int = knob(100, "configurations that the search scores (II-C)")
-    candidates: int = knob(3, "architectures of the knee region that are fine-tuned (II-D)")
-    finetune_steps: int = knob(240, "length of fine-tuning of each candidate", "steps")
-    finetune_lr: float = knob(5e-4, "first learning rate of fine-tuning, cosine to 1e-7")
-    pick: str = knob("best", "of the fine-tuned candidates: best (PSNR) or fastest (III-A)")
-    tlc: bool = knob(False, "score with attention over a local window of 1.5 x --crop (Chu et al. 2021)")
+    seed: int = knob(0, "any base adapt", "seed of every random choice", "", 0, 2 ** 32 - 1)
+    workers: int = knob(0, "any", "processes that decode training images; any number, the same batches", "",
+                        0, 256)
+    data: str = knob("", "data",
+                     "folder with train and test pairs: sibling folders or lists; none: made pairs")
+    made_train: int = knob(256, "data", "made pairs for training and distillation", "", 1)
+    made_test: int = knob(32, "data", "made pairs for validation, and as many for testing", "", 1)
+    made_size: int = knob(128, "data", "side of a made image", "pixels", 11, 4096)
+    few: int = knob(64, "data", "own training pairs below which as many made ones take half of all crops", "",
+                    0)
+    val_pairs: int = knob(16, "data", "most pairs carved from train to score the search and pick (II-C)", "",
+                          1)
+    weights: str = knob("", "base", "pre-trained NAFNet checkpoint (authors' format); none: train one")
+    width: int = knob(16, "base", "channels of the net at full resolution", "", 1, 1024)
+    enc: tuple = knob((1, 1, 4, 1), "base", "blocks per encoder stage (small crops need theirs earlier)", "",
+                      1, 999)
+    middle: int = knob(1, "base", "blocks in the middle stage", "", 1, 999)
+    dec: tuple = knob((1, 1, 1, 1), "base", "blocks per decoder stage", "", 1, 999)
+    crop: int = knob(96, "base adapt", "side of a training crop", "pixels", 1, 4096)
+    batch: int = knob(4, "base adapt", "crops per training step", "", 1, 10 ** 5)
+    amp: bool = knob(False, "base distill finetune adapt",
+                     "train in bfloat16 (autocast): base, distill, finetune")
+    base_steps: int = knob(2400, "base", "length of base training", "steps", 0)
+    base_lr: float = knob(2e-3, "base", "first learning rate of base training, cosine to 1e-7", "", 1e-12,
+                          1e30)
+    frame: tuple = knob((256, 256), "profile adapt", "input of the profiled net (III-A), H or HxW", "pixels",
+                        1, 16384)
+    target: str = knob("local", "profile", "latency table: this machine, a phone, or the paper's table 2",
+                       choices=("local", "qai-hub", "paper"))
+    hub_device: str = knob(profile_device.HUB_DEVICE, "profile",
+                           "device of AI Hub, for --target qai-hub (III-A)")
+    hub_runtime: str = knob("tflite", "profile", f"runtime on it: {', '.join(profile_device.HUB_RUNTIMES)}",
+                            choices=profile_device.HUB_RUNTIMES)
+    distill_share: float = knob(0.25, "distill", "share of the training pairs for distillation (III-A)", "",
+                                1e-6, 1)
+    distill_steps: int = knob(150, "distill", "length of distillation, all surrogates at once (II-B)",
+                              "steps", 0)
+    distill_lr: float = knob(4e-3, "distill", "first learning rate of distillation, cosine to 0", "", 1e-12,
+                             1e30)
+    evaluations: int = knob(100, "search", "configurations that the search scores (II-C)", "", 1)
+    candidates: int = knob(3, "search", "architectures of the knee region that are fine-tuned (II-D)", "", 1)
+    from_: str = knob("", "finetune adapt", "a finetuned.pt to adapt to --data, without a search (III-C)")
+    finetune_steps: int = knob(240, "finetune adapt", "length of fine-tuning of each candidate", "steps", 0)
+    finetune_lr: float = knob(5e-4, "finetune adapt", "first learning rate of it, cosine to 1e-7", "", 1e-12,
+                              1e30)
+    pick: str = knob("best", "finetune", "of the fine-tuned candidates: best (PSNR) or fastest (III-A)",
+                     choices=("best", "fastest"))
+    test: tuple = knob((), "evaluate adapt", "a further test set, folder or list; may be given several times")
+    tlc: bool = knob(False, "evaluate adapt",
+                     "score with attention over a window of 1.5 x --crop (Chu et al. 2021)")
 
 
 # Training in the paper preset is NAFNet's: crop, batch, learning rate.
@@ -114,35 +186,15 @@ PRESETS = {
                   frame=(512, 512), distill_steps=20_000, distill_lr=1e-3, evaluations=200,
                   finetune_steps=100_000, finetune_lr=1e-4, made_train=2000, made_size=384),
 }
-CHOICES = {"target": ("local", "qai-hub", "paper"), "hub_runtime": profile_device.HUB_RUNTIMES,
-           "pick": ("best", "fastest")}
-
-
-def check(config):
-    """Refuse, by name, values that no stage can use."""
-    if config.seed >= 2 ** 32:
-        raise InputError(f"--seed {config.seed} must be below 2^32")
-    if config.made_size < 11:
-        raise InputError(f"--made-size {config.made_size} must be at least 11")
-    free = ("seed", "workers", "few", "base_steps", "distill_steps", "finetune_steps")
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        values = value if isinstance(value, tuple) else (value,)
-        if field.name in free and value < 0:
-            raise InputError(f"{flag(field.name)} {value} is negative: give 0 or more")
-        if field.name not in free and not all(isinstance(v, (str, bool)) or v > 0 for v in values):
-            raise InputError(f"{flag(field.name)} {value} must be positive")
-    if len(config.enc) != len(config.dec):
-        raise InputError(f"--enc has {len(config.enc)} stages, --dec {len(config.dec)}: give as many of each")
-    if not config.data and config.crop > config.made_size:
-        raise InputError(f"--crop {config.crop} is larger than --made-size {config.made_size}")
-    if config.distill_share > 1:
-        raise InputError(f"--distill-share {config.distill_share} must be at most 1")
-    test_sets(config)
 
 
 def flag(name):
     return "--" + name.strip("_").replace("_", "-")
+
+
+def shown(value):
+    """A value as it is given on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value) or "''"
 
 
 def test_sets(config):
@@ -154,6 +206,23 @@ def test_sets(config):
             raise InputError(f"--test {text}: give NAME=PATH, each NAME once, and not validation or test")
         sets[name] = path
     return sets
+
+
+def check(config):
+    """Refuse, by name, values that no stage can use."""
+    for field in dataclasses.fields(config):
+        value, least, most = getattr(config, field.name), field.metadata["least"], field.metadata["most"]
+        for v in value if isinstance(value, tuple) else [value]:
+            if least is not None and not least <= v <= most:
+                bound = f"at least {least}" if v < least else f"at most {most}"
+                raise InputError(f"{flag(field.name)} {shown(value)} must be {bound}")
+    if len(config.enc) != len(config.dec):
+        raise InputError(f"--enc has {len(config.enc)} stages, --dec {len(config.dec)}: give as many of each")
+    if len(config.enc) > 6:
+        raise InputError(f"--enc has {len(config.enc)} stages: give at most 6, as each halves the picture")
+    if not config.data and config.crop > config.made_size:
+        raise InputError(f"--crop {config.crop} is larger than --made-size {config.made_size}")
+    test_sets(config)
 
 
 # -------------------------------------------------------------- ranks: processes that share a stage
@@ -168,6 +237,15 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def anywhere(flag):
+    """Whether `flag` is set on any rank: one scalar reduction."""
+    if world() == 1:
+        return bool(flag)
+    value = torch.tensor(float(bool(flag)))
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value.item() > 0
+
+
 def gather(value):
     """[value of rank 0, of rank 1, ...], on every rank."""
     values = [value] * world()
@@ -176,15 +254,23 @@ def gather(value):
     return values
 
 
+def merged(dicts):
+    """One dict of several, whose values are merged alike where they are dicts."""
+    keys = dict.fromkeys(itertools.chain(*dicts))
+    found = {key: [each[key] for each in dicts if key in each] for key in keys}
+    return {key: merged(values) if isinstance(values[0], dict) else values[0]
+            for key, values in found.items()}
+
+
 class Told(InputError):
     """An error that every rank raises, whichever met it."""
 
 
 def agreed(call):
-    """call() on every rank; where it fails on one, all raise the first one's line, so that none waits for ever.
+    """call() on every rank; where it fails on one, all raise the first one's line: none waits in vain.
 
-    Calls nest: a rank that fails between two inner ones is in the outer one's `gather` when the others come to
-    the next inner one's, and what they learn there they raise as it is.
+    Calls nest: a rank that fails between two inner ones is in the outer one's reduction when the others come
+    to the next inner one's, and what they learn there they raise as it is.
     """
     value, line = None, None
     try:
@@ -195,9 +281,8 @@ def agreed(call):
         if world() == 1:
             raise
         line = one_line(error)
-    lines = [line for line in gather(line) if line]
-    if lines:
-        raise Told(lines[0])
+    if anywhere(line):
+        raise Told(next(line for line in gather(line) if line))
     return value
 
 
@@ -209,11 +294,22 @@ def first(call):
     return value[0]
 
 
+def whole_batch(share, batch):
+    """uint8 (b, 3, H, W), images rank, rank + ranks, .. of `batch` -> all, in order, on every rank."""
+    if world() == 1:
+        return share
+    most = -(-batch // world())
+    own = torch.cat([share, share.new_zeros(most - len(share), *share.shape[1:])])      # all of one length
+    parts = [torch.empty_like(own) for _ in range(world())]
+    dist.all_gather(parts, own)
+    return torch.stack(parts, 1).flatten(0, 1)[:batch]
+
+
 @contextlib.contextmanager
 def joined(device):
     """With the other ranks, if torchrun started any -> this one's device. Rank 0 alone prints.
 
-    gloo on CPU, nccl besides on GPUs. The limit of a day is for ranks that wait while rank 0 profiles a phone.
+    gloo on CPU, nccl besides on GPUs. The limit of a day: ranks wait while rank 0 profiles a phone.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield device
@@ -222,17 +318,188 @@ def joined(device):
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"the other ranks are not to be reached ({first_line(error)}): start with torchrun") from None
+        why = f"the other ranks are not to be reached ({first_line(error)})"
+        raise InputError(f"{why}: start with torchrun") from None
     try:
         with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as quiet:
             if rank():
                 quiet.enter_context(contextlib.redirect_stdout(nowhere))
                 quiet.enter_context(contextlib.redirect_stderr(nowhere))
             yield device
+    except Exception as error:                    # what wraps a net hangs if it outlives the group
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
+        raise
     finally:
         dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------- the store
+
+def digest(value, crc=0):
+    """CRC-32 of plain values and tensors, whatever file they come from; a tuple is a list."""
+    if isinstance(value, dict):
+        value = [part for item in value.items() for part in item]
+    if isinstance(value, (list, tuple)):
+        begun = zlib.crc32(b"[%d" % len(value), crc)
+        return functools.reduce(lambda crc, part: digest(part, crc), value, begun)
+    if torch.is_tensor(value):
+        shape = zlib.crc32(f"{value.dtype} {tuple(value.shape)}".encode(), crc)
+        return zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), shape)
+    return zlib.crc32(repr(value).encode(), crc)
+
+
+def write_file(path, content):
+    """Bytes to a temporary name, then renamed: readers see the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        why = f"{path} cannot be written ({error.strerror})"
+        raise InputError(f"{why}: make room there, or give another place") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def writable(out):
+    """Refuse an output folder that cannot be written before any work is done."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise InputError(f"folder {out} cannot be written ({error.strerror}): give another") from None
+
+
+def read_file(path, remedy):
+    """What a JSON or torch file holds: tensors and plain values, never code. InputError if damaged."""
+    try:
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():             # torch itself looks at no checksum
+                    raise ValueError("checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no file {path}: {remedy}") from None
+    except Exception as error:                    # of many kinds, on bytes that are not its own
+        kind = "JSON" if path.suffix == ".json" else "checkpoint of tensors"
+        raise InputError(f"{path} is damaged or no {kind} ({type(error).__name__}): {remedy}") from None
+
+
+def saved(path, payload, head):
+    """Write header, payload and their checksum, whole or not at all, as JSON or torch by the extension."""
+    content, stream = {**head, **payload}, io.BytesIO()
+    if path.suffix == ".json":
+        content["checksum"] = digest(json.loads(json.dumps(content)))
+        stream.write((json.dumps(content, indent=1) + "\n").encode())
+    else:
+        torch.save({**content, "checksum": digest(content)}, stream)
+    write_file(path, stream.getvalue())
+
+
+def loaded(path, head):
+    """What `saved` wrote to `path`, found whole, and fit for as much as `head` says of it.
+
+    InputError where it is damaged, of another stage, or made with other flags; Stale where it was made from
+    other inputs or options.
+    """
+    remedy = f"delete it, and --stage {head['stage']} makes it anew"
+    content, whole = read_file(path, remedy), False
+    if not isinstance(content, dict) or content.get("stage") != head["stage"]:
+        raise InputError(f"{path} is not an artefact of stage {head['stage']}: {remedy}")
+    with contextlib.suppress(Exception):          # odd entries have no digest
+        whole = content["checksum"] == digest({k: v for k, v in content.items() if k != "checksum"})
+    if not whole:
+        raise InputError(f"{path} is damaged, or was changed after it was written: {remedy}")
+    for key, value in head.get("config", {}).items():
+        if content["config"].get(key) != value:
+            raise InputError(f"{path} was made with {flag(key)} {shown(content['config'].get(key))}, not "
+                             f"{shown(value)}: give that, another --out, or delete it")
+    for name, mark in head.get("inputs", {}).items():
+        if content["inputs"].get(name) != mark:
+            raise Stale(f"{path} was made from another {name}")
+    if content.get("options") != head.get("options", content.get("options")):
+        raise Stale(f"{path} was made with other options: {', '.join(content.get('options') or ['none'])}")
+    return content
+
+
+# -------------------------------------------------------------------------------- unfinished stages
+
+class Job(NamedTuple):
+    """What a stage is given besides the artefacts that it reads."""
+    config: Config
+    pairs: object         # pairs("train"), ("val") or ("test")
+    device: str
+    out: Path             # folder of the run, where unfinished work is kept
+    head: dict            # header of the artefact in the making
+    anew: bool = False    # measure anew what has been measured before (--force)
+
+
+def resumed(job, file):
+    """What an unfinished stage left in out/FILE, on every rank; None where there is nothing that fits."""
+    def read():
+        path = job.out / file
+        try:
+            found = loaded(path, job.head) if path.exists() else None
+        except Stale as why:
+            return say(f"{job.head['stage']}: {why} and counts for nothing")
+        if found:
+            say(f"{job.head['stage']}: goes on from {path}, {found['step']} done")
+        return found
+
+    return first(read)
+
+
+def finite(state):
+    """Whether all parameters and statistics of a state dict are finite."""
+    return all(value.isfinite().all().item() for value in state.values())
+
+
+def refuse_divergence(label, state, last):
+    """InputError if a `blocks.loop_state` is not finite; `last` says what is left of the work."""
+    for curve in state["losses"].values():
+        bad = np.flatnonzero(~np.isfinite(curve.numpy()))
+        if len(bad):
+            raise InputError(f"{label} diverged, the loss of step {bad[0]} is {curve[bad[0]]}: "
+                             f"lower the learning rate{last}")
+    if not finite(state["model"]):
+        raise InputError(f"{label} diverged, its weights are not finite: lower the learning rate{last}")
+
+
+def keeper(job, file, label, steps, begun=0, joint=False, every_s=120.0):
+    """A function each(step, losses, make) for `blocks.minimise`: shows progress, keeps its state in out/FILE.
+
+    It saves every `every_s` seconds, sooner where that takes no more than a fiftieth of the time, and after
+    the last step; rank 0's clock decides. joint: every rank trains a part of its own (distillation), all are
+    kept in one file, and one that diverges ends nothing.
+    """
+    path, tick = job.out / file, progress(label, steps, begun)
+    last, wait, kept = time.monotonic(), 0.0, begun
+
+    def each(step, losses, make):
+        nonlocal last, wait, kept
+        tick(step, lambda: "" if joint else f"{-losses['psnr'][step - 1]:.2f} dB")
+        started = time.monotonic()
+        if not anywhere(rank() == 0 and (step == steps or started - last >= wait)):
+            return
+        state = merged(gather(make())) if joint else rank() == 0 and make()
+        good = f"; the last good checkpoint is {path}, of step {kept}: delete it to start over"
+        first(lambda: joint or refuse_divergence(label, state, good))
+        first(lambda: saved(path, state, job.head))
+        last, kept = time.monotonic(), step
+        wait = min(every_s, 50 * (last - started))
+
+    return each
 
 
 # --------------------------------------------------- made pairs: dead leaves and camera shake
@@ -279,7 +546,8 @@ def leaf_fill(height, width, palette, textures, contrast, rng):
     """
     colour = leaf_colour(palette, rng)
     texture = textures[rng.integers(len(textures))]
-    top, left = rng.integers(0, texture.shape[0] - height + 1), rng.integers(0, texture.shape[1] - width + 1)
+    top = rng.integers(0, texture.shape[0] - height + 1)
+    left = rng.integers(0, texture.shape[1] - width + 1)
     texture = texture[top:top + height, left:left + width] * rng.exponential(contrast)
     slope, middle = rng.normal(0, 0.25, 2) / (height, width), textures[0].shape[0] / 2
     ramp = np.add.outer(slope[0] * (np.arange(height) - middle), slope[1] * (np.arange(width) - middle))
@@ -300,8 +568,8 @@ def dead_leaves(size, rng):
     canvas = leaf_fill(size, size, palette, textures, 0.05, rng)
     count = int(10 ** rng.uniform(2.4, 3.2) * (size / 320) ** 2)
     alpha, smallest, largest = rng.uniform(1, 2), 3.0, size / 3
-    radii = (smallest ** -alpha + rng.random(count) * (largest ** -alpha - smallest ** -alpha)) ** (-1 / alpha)
-    for radius in radii.astype(int):
+    share = smallest ** -alpha + rng.random(count) * (largest ** -alpha - smallest ** -alpha)
+    for radius in (share ** (-1 / alpha)).astype(int):
         mask = leaf_mask(int(radius), rng)
         if radius > 5:
             patch = leaf_fill(mask.height, mask.width, palette, textures, 0.2, rng)
@@ -324,9 +592,14 @@ def camera_path(frames, rng):
         path.append(velocity)
     path = np.cumsum(path, 0)
     path -= path.mean(0)
-    length = np.linalg.norm(np.ptp(path[:, :2], axis=0))
-    path[:, :2] *= rng.uniform(2, 13) / length
-    return path * np.array([1, 1, *(rng.uniform(0, (math.radians(1.5), 0.015)) / np.abs(path[:, 2:]).max(0))])
+    path[:, :2] *= rng.uniform(2, 13) / np.linalg.norm(np.ptp(path[:, :2], axis=0))
+    path[:, 2:] *= rng.uniform(0, (math.radians(1.5), 0.015)) / np.abs(path[:, 2:]).max(0)
+    return path
+
+
+def to_eight_bits(linear):
+    """Linear light (1, 3, 2H, 2W) -> gamma-encoded uint8 (3, H, W), each pixel the mean of four."""
+    return (F.avg_pool2d(linear, 2).clamp(0, 1) ** (1 / 2.2) * 255 + 0.5).to(torch.uint8)[0]
 
 
 def made_pair(size, rng, frames=24, margin=16):
@@ -335,8 +608,10 @@ def made_pair(size, rng, frames=24, margin=16):
     As GoPro's own pairs were made, gamma 2.2. Rendered at twice the size, through a lens that is
     slightly soft as real ones are, and averaged down.
     """
-    scene = torch.from_numpy(dead_leaves(2 * (size + 2 * margin), rng)).permute(2, 0, 1)
-    linear = soft_lens((scene / 255) ** 2.2, 2 * rng.uniform(0.2, 1.0))[None]
+    scene = dead_leaves(2 * (size + 2 * margin), rng).transpose(2, 0, 1)
+    softness = 2 * rng.uniform(0.2, 1.0)          # pixels
+    linear = gaussian_filter((scene / np.float32(255)) ** 2.2, softness, mode="mirror", radius=6, axes=(1, 2))
+    linear = torch.from_numpy(linear)[None]
     side = linear.shape[-1]
     x, y, turn, zoom = camera_path(frames, rng).T
     c, s = (1 + zoom) * np.cos(turn), (1 + zoom) * np.sin(turn)
@@ -348,43 +623,114 @@ def made_pair(size, rng, frames=24, margin=16):
     return to_eight_bits(linear[..., inside, inside]), to_eight_bits(blur)
 
 
-def soft_lens(image, sigma):
-    """Gaussian blur of (3, H, W) with `sigma` in pixels."""
-    t = torch.arange(-6.0, 7.0)
-    kernel = torch.exp(-t ** 2 / (2 * sigma ** 2))
-    kernel = (kernel / kernel.sum()).repeat(3, 1, 1)
-    image = F.pad(image[None], (6, 6, 6, 6), mode="reflect")
-    return F.conv2d(F.conv2d(image, kernel[:, :, :, None], groups=3), kernel[:, :, None], groups=3)[0]
+def made_pairs(seed, split, count, size):
+    """The first `count` made pairs of a split, `size` pixels a side; each by (seed, split, its number)."""
+    stream, pairs = ("train", "val", "test").index(split), []
+    tick = progress(f"making {split} pairs", count)
+    for i in range(count):
+        pairs.append(made_pair(size, np.random.default_rng([seed, stream, i])))
+        tick(i + 1)
+    return pairs
 
 
-def to_eight_bits(linear):
-    """Linear light (1, 3, 2H, 2W) -> gamma-encoded uint8 (3, H, W), each pixel the mean of four."""
-    return (F.avg_pool2d(linear, 2).clamp(0, 1) ** (1 / 2.2) * 255 + 0.5).to(torch.uint8)[0]
-
-
-# --------------------------------------------------------------------------- pairs on disk
+# ------------------------------------------------------------------------------------ pairs on disk
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 FOLDERS = (("blur", "sharp"), ("blur", "gt"), ("input", "target"), ("inputC", "target"), ("source", "target"))
 
 
-def list_pairs(path, split):
-    """[(sharp path, blur path), ...] of a split, sorted; pairs match by name.
-
-    `path` is a text file of pairs, or a folder that holds the split: split.txt (such a file), else split/
-    or split_c/ (DPDD), see `pairs_below`. Raises InputError naming what is missing.
-    """
-    path = Path(path)
-    root = path if path.is_file() else split_root(path, split)
-    if root is None:
-        root = path / split
-        raise InputError(f"no folder {root}: --data wants {split} pairs there, say {root}/SCENE/blur and /sharp")
-    return pairs_below(root)
+def photo(path, use):
+    """use(PIL image of the file at `path`); InputError naming the file where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return use(image)
+    except Exception as error:                    # Pillow raises many kinds on damaged files
+        raise InputError(f"cannot read image {path} ({first_line(error)}): replace or remove it") from None
 
 
-def split_root(path, split):
-    """The file or folder in `path` that holds a split; None if there is none."""
-    return next((root for root in (path / f"{split}.txt", path / split, path / f"{split}_c") if root.exists()), None)
+def to_rgb(image):
+    """A PIL image, upright (EXIF), RGB at 8 bits; 16-bit grey is scaled, not clipped."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        grey = np.clip(np.asarray(image, dtype=float), 0, 65535) / 257 + 0.5
+        image = Image.fromarray(grey.astype(np.uint8))
+    return image.convert("RGB")
+
+
+def load_image(path):
+    """Any image file -> RGB uint8 (3, H, W)."""
+    return photo(path, lambda image: torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1))
+
+
+def size_of(image):
+    return f"{image.shape[-1]}x{image.shape[-2]}"
+
+
+def load_pair(pair):
+    """A pair of tensors as it is, or a pair of paths read from disk -> (sharp, blur) of equal size."""
+    if torch.is_tensor(pair[0]):
+        return pair
+    sharp = load_image(pair[0])
+    blur = sharp if pair[1] == pair[0] else load_image(pair[1])
+    if sharp.shape != blur.shape:
+        raise InputError(f"{pair[1]} is {size_of(blur)} but {pair[0]} is {size_of(sharp)}: "
+                         "pairs must be of one size")
+    return sharp, blur
+
+
+def upright_size(image):
+    """(width, height) of a PIL image once it is turned upright, by its header alone."""
+    return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
+
+
+def sized_pairs(pairs, smallest, use):
+    """The pairs, once every file's header is read: both of one size, and no side below `smallest` pixels."""
+    for sharp, blur in pairs:
+        (width, height), other = photo(sharp, upright_size), photo(blur, upright_size)
+        if (width, height) != other:
+            raise InputError(f"{blur} is {other[0]}x{other[1]} but {sharp} is {width}x{height}: "
+                             "pairs must be of one size")
+        if min(width, height) < smallest:
+            raise InputError(f"{sharp} is {width}x{height}, too small to be {use}: "
+                             f"at least {smallest} pixels a side")
+    return pairs
+
+
+def images_in(folder):
+    """The image files of a folder, in any case of extension; hidden files and other files are no images."""
+    return [f for f in folder.iterdir()
+            if f.suffix.lower() in IMAGES and not f.name.startswith(".") and f.is_file()]
+
+
+def by_name(folder):
+    """{name: image file} of a folder; names lose extension and RealBlur's prefix, the folder's name."""
+    files, prefix = images_in(folder), f"^{re.escape(folder.name)}_"
+    names = {re.sub(prefix, "", f.stem, flags=re.IGNORECASE): f for f in files}
+    if len(names) < len(files):
+        twice = next(f for f in files if f not in names.values())
+        raise InputError(f"{twice} has the name of another image there but for its extension: remove one")
+    return names
+
+
+def match_names(sharp, blur):
+    """Pairs of two folders by file name, never by position."""
+    s, b = by_name(sharp), by_name(blur)
+    for name in sorted(s.keys() ^ b.keys()):
+        raise InputError(f"{s.get(name) or b.get(name)} has no partner in {blur if name in s else sharp}: "
+                         "add it, or remove this file")
+    return [(s[name], b[name]) for name in s]
+
+
+def listed_pairs(path):
+    """The pairs of a text file of `sharp blur` paths, one pair a line, relative to the file's folder."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no text file: every line must be two paths, sharp and blurred") from None
+    pairs = [tuple(path.parent / name for name in line.split()) for line in lines if line.strip()]
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise InputError(f"{path}: every line must be two paths without spaces, sharp and blurred")
+    return pairs
 
 
 def pairs_below(root):
@@ -398,34 +744,37 @@ def pairs_below(root):
     for folder, inner, _ in os.walk(root, followlinks=True):
         inner[:] = [name for name in inner if not name.startswith(".")]
         here = {name.lower(): Path(folder) / name for name in inner}
-        whole = [names for names in layouts if here.keys() >= set(names)]
-        if whole:
-            blur, sharp = whole[0]
-            pairs += match_names(here[sharp], here[blur])
+        layout = next((names for names in layouts if here.keys() >= set(names)), None)
+        if layout:
+            pairs += match_names(here[layout[1]], here[layout[0]])
             continue
         for name in sorted(set(sum(layouts, ())) & here.keys()):
             if images_in(here[name]):
-                raise InputError(f"{here[name]} has images but no folder of partners beside it: add that, or remove it")
+                raise InputError(f"{here[name]} has images but no folder of partners beside it: "
+                                 "add that, or remove it")
     if not pairs:
         raise InputError(f"no pairs below {root}: it needs sibling folders such as blur and sharp")
     return sorted(pairs)
 
 
-def images_in(folder):
-    """The image files of a folder, in any case of extension; hidden files and other files are no images."""
-    return [f for f in folder.iterdir() if f.suffix.lower() in IMAGES and not f.name.startswith(".") and f.is_file()]
+def split_root(path, split):
+    """The file or folder in `path` that holds a split; None if there is none."""
+    names = (f"{split}.txt", split, f"{split}_c")
+    return next((path / name for name in names if (path / name).exists()), None)
 
 
-def listed_pairs(path):
-    """The pairs of a text file of `sharp blur` paths, one pair a line, relative to the file's folder."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not a text file: every line must be two paths, sharp and blurred") from None
-    pairs = [tuple(path.parent / name for name in line.split()) for line in lines if line.strip()]
-    if not pairs or any(len(pair) != 2 for pair in pairs):
-        raise InputError(f"{path}: every line must be two paths without spaces, sharp and blurred")
-    return pairs
+def list_pairs(path, split):
+    """[(sharp path, blur path), ...] of a split, sorted; pairs match by name.
+
+    `path` is a text file of pairs, or a folder that holds the split: split.txt (such a file), else split/
+    or split_c/ (DPDD), see `pairs_below`. Raises InputError naming what is missing.
+    """
+    path = Path(path)
+    root = path if path.is_file() else split_root(path, split)
+    if root is None:
+        raise InputError(f"no folder {path / split}: --data wants {split} pairs there, "
+                         f"say {path / split}/SCENE/blur and /sharp")
+    return pairs_below(root)
 
 
 def named_pairs(config):
@@ -437,81 +786,10 @@ def named_pairs(config):
             raise InputError(f"--test {name}={path}: there is no such folder or list")
         root = split_root(path, "test") if path.is_dir() else path
         if root is None and split_root(path, "train"):
-            raise InputError(f"--test {name}={path} has a train split but no test split: give the folder or list to score")
+            raise InputError(f"--test {name}={path} has a train split but no test split: "
+                             "give the folder or list to score")
         sets[name] = sized_pairs(pairs_below(root or path), 11, "scored")
     return sets
-
-
-def match_names(sharp, blur):
-    """Pairs of two folders by file name without extension (and without RealBlur's folder prefix)."""
-    def by_name(folder):
-        files = images_in(folder)
-        names = {re.sub(f"^{re.escape(folder.name)}_", "", f.stem, flags=re.IGNORECASE): f for f in files}
-        if len(names) < len(files):
-            twice = next(f for f in files if f not in names.values())
-            raise InputError(f"{twice} has the name of another image there but for its extension: remove one")
-        return names
-    s, b = by_name(sharp), by_name(blur)
-    for name in sorted(s.keys() ^ b.keys()):
-        raise InputError(f"{s.get(name) or b.get(name)} has no partner in {blur if name in s else sharp}: "
-                         "add it, or remove this file")
-    return [(s[name], b[name]) for name in s]
-
-
-def load_image(path):
-    """Any image file -> RGB uint8 (3, H, W)."""
-    try:
-        with open_photo(path) as image:
-            return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
-    except InputError:
-        raise
-    except Exception as error:                    # Pillow raises many kinds on damaged files
-        raise InputError(f"cannot read image {path} ({first_line(error)}): replace or remove it") from None
-
-
-def to_rgb(image):
-    """A PIL image, upright (EXIF), RGB at 8 bits; 16-bit grey is scaled, not clipped."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.clip(np.asarray(image, dtype=float), 0, 65535) / 257 + 0.5).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def load_pair(pair):
-    """A pair of tensors as it is, or a pair of paths read from disk -> (sharp, blur) of equal size."""
-    if torch.is_tensor(pair[0]):
-        return pair
-    sharp, blur = map(load_image, pair)
-    if sharp.shape != blur.shape:
-        raise InputError(f"{pair[1]} is {size_of(blur)} but {pair[0]} is {size_of(sharp)}: pairs must be of one size")
-    return sharp, blur
-
-
-def sized_pairs(pairs, smallest, use):
-    """The pairs, once every file's header is read: both of one size, and no side below `smallest` pixels."""
-    for sharp, blur in pairs:
-        sizes = []
-        for path in (sharp, blur):
-            with open_photo(path) as image:
-                turned = image.getexif().get(0x0112, 1) > 4            # EXIF orientation: on its side
-                sizes.append(image.size[::-1] if turned else image.size)
-        if sizes[0] != sizes[1]:
-            raise InputError("{} is {}x{} but {} is {}x{}: pairs must be of one size".format(blur, *sizes[1], sharp, *sizes[0]))
-        if min(sizes[0]) < smallest:
-            raise InputError(f"{sharp} is {sizes[0][0]}x{sizes[0][1]}, too small to be {use}: at least {smallest} pixels a side")
-    return pairs
-
-
-def open_photo(path):
-    """A PIL image of which only the header is read yet."""
-    try:
-        return Image.open(path)
-    except Exception as error:                    # Pillow raises many kinds on damaged files
-        raise InputError(f"cannot read image {path} ({first_line(error)}): replace or remove it") from None
-
-
-def size_of(image):
-    return f"{image.shape[-1]}x{image.shape[-2]}"
 
 
 def split_pairs(config, split):
@@ -520,75 +798,61 @@ def split_pairs(config, split):
         count = config.made_train if split == "train" else config.made_test
         return made_pairs(config.seed, split, count, config.made_size)
     if Path(config.data).is_file():
-        raise InputError(f"--data {config.data} is a file: give the folder, with lists named train.txt and test.txt")
+        raise InputError(f"--data {config.data} is a file: give the folder, "
+                         "with lists named train.txt and test.txt")
     if split == "test":
         return sized_pairs(list_pairs(config.data, "test"), 11, "scored")
-    pairs = sized_pairs(list_pairs(config.data, "train"), max(11, config.crop), f"cropped at --crop {config.crop}")
+    pairs = list_pairs(config.data, "train")
+    pairs = sized_pairs(pairs, max(11, config.crop), f"cropped at --crop {config.crop}")
     if len(pairs) < 2:
-        raise InputError(f"{config.data}: {len(pairs)} training pair; at least 2, as one is kept for validation")
+        raise InputError(f"{config.data}: {len(pairs)} training pair; at least 2, as one is for validation")
     order = np.random.default_rng([config.seed, 3]).permutation(len(pairs))
     held = min(config.val_pairs, max(1, len(pairs) // 8))
     return [pairs[i] for i in (order[:held] if split == "val" else order[held:])]
 
 
-def made_pairs(seed, split, count, size):
-    """The first `count` made pairs of a split, `size` pixels a side; each a function of (seed, split, its number)."""
-    stream, tick, pairs = ("train", "val", "test").index(split), progress(f"making {split} pairs", count), []
-    for i in range(count):
-        pairs.append(made_pair(size, np.random.default_rng([seed, stream, i])))
-        tick(i + 1)
-    return pairs
-
-
-def training_pairs(config):
+def training_pairs(config, split="train"):
     """What a run trains on: train, or, where that is a few photographs, train and made pairs by halves.
 
     A net that saw three photographs alone fails on the fourth: 400 steps on crops of one scene scored 9 dB
     below the blurred input on another scene, by halves with made pairs above it. Adaptation keeps to train.
     """
-    own = split_pairs(config, "train")
+    own = split_pairs(config, split)
     if not config.data or config.from_ or len(own) >= config.few:
         return own
     count = min(max(1, config.few // len(own)) * len(own), config.made_train)
     made = made_pairs(config.seed, "train", count, max(config.made_size, config.crop))
-    say(f"{len(own)} training pairs are few (--few {config.few}): {len(made)} made ones take half of all crops")
+    say(f"{len(own)} training pairs are few (--few {config.few}): "
+        f"{len(made)} made ones take half of all crops")
     mixed = own * max(1, round(len(made) / len(own))) + made
     return [mixed[i] for i in np.random.default_rng([config.seed, 5]).permutation(len(mixed))]
 
 
-def crops(pairs, seed, crop, batch, device="cpu", workers=0):
-    """A function step -> (blur, sharp), each (batch, 3, crop, crop): random places, flips and turns.
+# ------------------------------------------------------------------------------------------ batches
 
-    A pure function of (seed, step), so that a loop resumed at any step continues bit for bit, and that
-    `workers` processes may decode ahead without changing a bit.
+def as_batch(images, device="cpu"):
+    """uint8 (B, 3, H, W), or as many (3, H, W) -> float32 (B, 3, H, W) in [0, 1], channels_last."""
+    batch = torch.stack(list(images)).to(device).float() / 255
+    return batch.contiguous(memory_format=torch.channels_last)
+
+
+def crop_pair(pair, crop, draw):
+    """(sharp, blur) of any size -> (blur, sharp) uint8 (3, crop, crop), moved and turned together.
+
+    draw: four numbers in [0, 1), of top, left, turns and flip, so that it depends on no image's size.
     """
-    read = load_pair if workers else keep_recent(load_pair)
-    make = functools.partial(random_crops, pairs, seed, crop, batch, read)
-    make = made_ahead(make, workers) if workers else make
-    return lambda step: [as_batch(images, device) for images in make(step)]
+    height, width = pair[0].shape[-2:]
+    top, left = int(draw[0] * (height - crop + 1)), int(draw[1] * (width - crop + 1))
+    window = [torch.rot90(image[:, top:top + crop, left:left + crop], int(4 * draw[2]), (1, 2))
+              for image in pair[::-1]]
+    return [image.flip(2) if draw[3] < 0.5 else image for image in window]
 
 
-def random_crops(pairs, seed, crop, batch, read, step):
-    """The crops of one step: blurred and sharp, each uint8 (batch, 3, crop, crop)."""
-    rng = np.random.default_rng([seed, step])
-    taken = [crop_pair(read(pairs[int(i)]), crop, rng) for i in rng.integers(0, len(pairs), batch)]
+def random_crops(pairs, seed, crop, batch, share, read, step):
+    """This rank's crops of one step, share (rank, ranks): blurred and sharp, uint8 (b, 3, crop, crop)."""
+    draws = np.random.default_rng([seed, step]).random((batch, 5))[share[0]::share[1]]
+    taken = [crop_pair(read(pairs[int(draw[0] * len(pairs))]), crop, draw[1:]) for draw in draws]
     return [torch.stack(images) for images in zip(*taken)]
-
-
-def keep_recent(load, limit=256 * 2 ** 20):
-    """load(pair) with a memory of the pairs used last, at most `limit` bytes (always the very last one)."""
-    held, size = {}, 0
-
-    def read(pair):
-        nonlocal size
-        known = pair in held
-        held[pair] = held.pop(pair) if known else load(pair)           # a dict keeps order: the last used is last
-        size += 0 if known else sum(image.nbytes for image in held[pair])
-        while size > limit and len(held) > 1:
-            size -= sum(image.nbytes for image in held.pop(next(iter(held))))
-        return held[pair]
-
-    return read
 
 
 def made_ahead(make, workers):
@@ -597,9 +861,9 @@ def made_ahead(make, workers):
 
     def at(step):
         nonlocal stream, due
-        if step != due:
-            stream = iter(DataLoader(range(step, 2 ** 62), batch_size=None, collate_fn=make, num_workers=workers,
-                                     generator=torch.Generator()))         # its own: the global one stays as it was
+        if step != due:                           # a generator of its own leaves the global one alone
+            stream = iter(DataLoader(range(step, 2 ** 62), batch_size=None, collate_fn=make,
+                                     num_workers=workers, generator=torch.Generator()))
         due = step + 1
         try:
             return next(stream)
@@ -609,31 +873,30 @@ def made_ahead(make, workers):
     return at
 
 
-def crop_pair(pair, crop, rng):
-    """(sharp, blur) of any size -> (blur, sharp) uint8 (3, crop, crop), moved and turned together."""
-    height, width = pair[0].shape[-2:]
-    top, left = rng.integers(0, height - crop + 1), rng.integers(0, width - crop + 1)
-    turns, flip = int(rng.integers(4)), rng.integers(2)
-    window = [torch.rot90(image[:, top:top + crop, left:left + crop], turns, (1, 2)) for image in pair[::-1]]
-    return [image.flip(2) if flip else image for image in window]
+def crops(pairs, seed, crop, batch, workers=0, share=(0, 1)):
+    """A function step -> (blur, sharp), each uint8 (batch, 3, crop, crop): random places, flips and turns.
+
+    A pure function of (seed, step), so that a loop resumed at any step continues bit for bit, and that
+    `workers` processes may decode ahead without changing a bit. share (rank, ranks): the images rank,
+    rank + ranks, .. of the batch alone are decoded and returned. The pairs used last are remembered.
+    """
+    if batch < share[1]:
+        raise InputError(f"--batch {batch} is too small for {share[1]} ranks: give at least as many crops")
+    read = load_pair if workers else functools.lru_cache(32)(load_pair)
+    make = functools.partial(random_crops, pairs, seed, crop, batch, share, read)
+    return made_ahead(make, workers) if workers else make
 
 
-def as_batch(images, device="cpu"):
-    """uint8 (3, H, W) images -> one float32 (B, 3, H, W) in [0, 1], channels_last."""
-    batch = torch.stack(list(images)).to(device).float() / 255
-    return batch.contiguous(memory_format=torch.channels_last)
+# ------------------------------------------------------------------------------------------ metrics
 
+def image_psnr(x, y):
+    """Peak signal-to-noise ratio in dB, peak 1.0, of each image of (B, 3, H, W), or of one (3, H, W)."""
+    return -10 * (x - y).square().mean((-3, -2, -1)).log10()
 
-# ------------------------------------------------------------------------------- metrics
 
 def psnr(x, y):
     """Peak signal-to-noise ratio in dB, peak 1.0: per image (B, 3, H, W), then averaged -> scalar."""
-    return (-10 * (x - y).square().mean((-3, -2, -1)).log10()).mean()
-
-
-def psnr_loss(x, y):
-    """What training minimises: minus the PSNR, kept finite where x = y (Chen et al. 2022)."""
-    return (10 * ((x - y).square().mean((-3, -2, -1)) + 1e-8).log10()).mean()
+    return image_psnr(x, y).mean()
 
 
 def ssim(x, y):
@@ -646,18 +909,15 @@ def ssim(x, y):
     kernel = np.exp(-(np.arange(11) - 5) ** 2 / (2 * 1.5 ** 2))
 
     def smooth(z):                                                     # (..., H, W) -> (..., H-10, W-10)
-        for dim in (-1, -2):                      # shifted sums: float64 convolutions are far slower on a CPU
-            total = torch.zeros_like(z.narrow(dim, 10, z.shape[dim] - 10))
-            for i, weight in enumerate(kernel / kernel.sum()):
-                total.add_(z.narrow(dim, i, total.shape[dim]), alpha=weight)
-            z = total
-        return z
+        for axis in (-1, -2):
+            z = correlate1d(z, kernel / kernel.sum(), axis, mode="constant")
+        return z[..., 5:-5, 5:-5]
 
-    x, y = x.double(), y.double()
+    x, y = (image.double().cpu().numpy() for image in (x, y))
     mx, my = smooth(x), smooth(y)
     vx, vy, cov = smooth(x * x) - mx * mx, smooth(y * y) - my * my, smooth(x * y) - mx * my
     score = (2 * mx * my + 0.01 ** 2) * (2 * cov + 0.03 ** 2)
-    return (score / ((mx * mx + my * my + 0.01 ** 2) * (vx + vy + 0.03 ** 2))).mean()
+    return torch.tensor((score / ((mx * mx + my * my + 0.01 ** 2) * (vx + vy + 0.03 ** 2))).mean())
 
 
 def quantize(x):
@@ -666,25 +926,42 @@ def quantize(x):
 
 
 def restore(net, blur, device="cpu"):
-    """One uint8 (3, H, W) through the net -> quantized float (1, 3, H, W)."""
+    """uint8 images (B, 3, H, W) through the net -> quantized float (B, 3, H, W)."""
     with torch.inference_mode():
-        return quantize(net(as_batch([blur], device)))
+        return quantize(net(as_batch(blur, device)))
+
+
+def alike(pairs, pixels=2 ** 16):
+    """Loaded pairs in groups of one size and of about `pixels` in all, in order: what is fastest on a CPU.
+
+    Eight scores of 32 images of 128x128: one image at a time .67 s, by 2 .41, by 4 .34, by 8 .45, by 16 .63.
+    """
+    group = []
+    for pair in map(load_pair, pairs):
+        size = pair[0].shape
+        if group and (group[0][0].shape != size or len(group) * size[1] * size[2] >= pixels):
+            yield group
+            group = []
+        group.append(pair)
+    if group:
+        yield group
 
 
 def evaluate(net, pairs, device="cpu", with_ssim=True, label=""):
     """Mean PSNR (dB) and SSIM over whole images of any size; net None scores the blurred input itself.
 
-    One pair is in memory at a time. Progress is shown under `label`, if there is one.
+    Images of one size go through the net a few at a time. Progress is shown under `label`, if there is one.
     """
-    rows, tick = [], progress(label, len(pairs)) if label else None
-    for pair in pairs:
-        sharp, blur = load_pair(pair)
-        output = as_batch([blur], device) if net is None else restore(net, blur, device)
-        target = as_batch([sharp], device)
-        rows.append((psnr(output, target).item(), ssim(output, target).item() if with_ssim else math.nan))
+    db, structure, tick = [], [], progress(label, len(pairs)) if label else None
+    for group in alike(pairs):
+        sharp, blur = zip(*group)
+        output = as_batch(blur, device) if net is None else restore(net, blur, device)
+        target = as_batch(sharp, device)
+        db += image_psnr(output, target).tolist()
+        structure += [ssim(*pair).item() if with_ssim else math.nan for pair in zip(output, target)]
         if tick:
-            tick(len(rows))
-    return {"psnr_db": statistics.fmean(r[0] for r in rows), "ssim": statistics.fmean(r[1] for r in rows)}
+            tick(len(db))
+    return {"psnr_db": statistics.fmean(db), "ssim": statistics.fmean(structure)}
 
 
 def score_nets(nets, pairs, device="cpu", label=""):
@@ -695,10 +972,10 @@ def score_nets(nets, pairs, device="cpu", label=""):
 
 def protocol(config):
     """How images are scored, in words."""
-    window = 3 * config.crop // 2
-    reach = f"a local window of {window} pixels, 1.5 x the training crop (--tlc)" if config.tlc else "the whole image"
-    return ("Protocol: whole RGB images, outputs clamped and rounded to 8 bits, no border crop, no alignment; "
-            f"channel attention averages over {reach}.")
+    reach = (f"a local window of {3 * config.crop // 2} pixels, 1.5 x the training crop (--tlc)" if config.tlc
+             else "the whole image")
+    return ("Protocol: whole RGB images, outputs clamped and rounded to 8 bits, no border crop, "
+            f"no alignment; channel attention averages over {reach}.")
 
 
 def as_scored(net, config):
@@ -708,250 +985,134 @@ def as_scored(net, config):
     return net
 
 
-# ------------------------------------------------------------------------------ training
+# ------------------------------------------------------------------------- nets in and out of artefacts
 
-def train(net, batch_at, steps, lr, label="training", amp=False, part=None):
-    """A trained copy of `net`: AdamW (.9, .9), decay 1e-3, cosine from lr to 1e-7, PSNR loss.
-
-    NAFNet's recipe. In eval mode throughout: NAF blocks do not mind, and batch norms keep the
-    statistics of distillation, which whole images share and small crops do not. amp: the net runs under
-    bfloat16 autocast; weights, loss and optimiser stay float32. Several ranks take a share of every batch
-    each, and their gradients are averaged. part: goes on from what it holds, and keeps it up to date.
-    """
-    net = copy.deepcopy(net).eval().requires_grad_(True)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.9), weight_decay=1e-3)
-    found, keep = resumed(part), keeper(part)
-    begun = kept = restored(net, optimizer, found, part) if found else 0
-    model = DistributedDataParallel(net) if world() > 1 else net
-    tick, step, value = progress(label, steps, begun), begun, None
-    for step in range(begun, steps):
-        optimizer.param_groups[0]["lr"] = 1e-7 + (lr - 1e-7) * (1 + math.cos(math.pi * step / steps)) / 2
-        blur, sharp, weight = agreed(lambda: own_share(*batch_at(step)))
-        with torch.autocast(blur.device.type, torch.bfloat16, enabled=amp):
-            output = model(blur)
-        loss = weight * psnr_loss(output.to(sharp.dtype), sharp)
-        value = statistics.fmean(gather(loss.item()))
-        if not math.isfinite(value):
-            break
-        kept = step if keep(lambda: train_state(net, optimizer, step)) else kept    # its loss is finite: good
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        tick(step + 1, f"{-value:.2f} dB")
-    if not finite(net.state_dict()) or value is not None and not math.isfinite(value):
-        good = f"; the last good checkpoint is {part.path}, of step {kept}: delete it to start over" if part else ""
-        raise InputError(f"{label} diverged, the loss of step {step} is {value}: lower the learning rate{good}")
-    keep(lambda: train_state(net, optimizer, steps), now=True)
-    return net.requires_grad_(False)
-
-
-def own_share(blur, sharp):
-    """This rank's part of a batch, and the weight of its mean loss in the average over ranks."""
-    size, ranks = len(blur), world()
-    if size < ranks:
-        raise InputError(f"--batch {size} is too small for {ranks} ranks: give at least as many crops")
-    blur, sharp = blur[rank()::ranks], sharp[rank()::ranks]
-    return blur, sharp, len(blur) * ranks / size
-
-
-def train_state(net, optimizer, step):
-    """What training goes on from. `params` is in the authors' format, so that --weights takes such a file."""
-    return {"params": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-
-
-def restored(net, optimizer, state, part):
-    """Net and optimiser, in place, as they were in a `train_state` -> its step."""
-    with_params(net, state["params"], part.path)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
-
-
-def finite(state):
-    """Whether all parameters and statistics of a state dict are finite."""
-    return all(v.isfinite().all().item() for v in state.values())
-
-
-# ------------------------------------------------------------------ what an unfinished stage keeps
-
-class Part(NamedTuple):
-    """The file of an unfinished stage: what it belongs to, and the most seconds of work that may be lost."""
-    path: Path
-    stage: str
-    config: Config
-    inputs: dict          # {stage: checksum of the artefact that is read}
-    every_s: float = 120.0
-
-
-def resumed(part):
-    """What an unfinished stage left, on every rank; None where there is nothing from the same inputs."""
-    return first(lambda: read_part(part)) if part else None
-
-
-def read_part(part):
-    """What is in the part's file; InputError where flags differ or it is damaged."""
-    if not part.path.exists():
-        return None
-    found = load_artefact(part.path, part.stage, part.config)
-    if found.get("inputs") != part.inputs:
-        say(f"{part.stage}: {part.path} belongs to other artefacts and counts for nothing")
-        return None
-    say(f"{part.stage}: goes on from {part.path}, {found['step']} done")
-    return found
-
-
-def keeper(part):
-    """A function (make, now) that saves make() in the part's file when it is time -> whether it was.
-
-    Every part.every_s seconds, and sooner where that takes no more than a fiftieth of the time. Rank 0's
-    clock decides; make() is called on every rank.
-    """
-    last, wait = time.monotonic(), 0.0
-
-    def keep(make, now=False):
-        nonlocal last, wait
-        started = time.monotonic()
-        if not part or not first(lambda: now or started - last >= wait):
-            return False
-        state = make()
-        first(lambda: save_artefact(part.path, described(part.config, part.stage, {"inputs": part.inputs, **state})))
-        last = time.monotonic()
-        wait = min(part.every_s, 50 * (last - started))
-        return True
-
-    return keep
-
-
-# ------------------------------------------------------------------ nets in and out of artefacts
-
-def new_net(arch, seed):
+def new_net(width, enc, middle, dec, seed):
     """An untrained NAFNet; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return blocks.NAFNet(arch["width"], tuple(arch["enc"]), arch["middle"], tuple(arch["dec"])).eval()
+        return blocks.NAFNet(width, tuple(enc), middle, tuple(dec)).eval()
 
 
-def arch_of(params):
-    """The architecture of an authors' state dict, read off its keys and shapes."""
-    def count(prefix):
-        number = 1 + max((int(k[len(prefix):].split(".")[0]) for k in params if k.startswith(prefix)), default=-1)
-        if number > len(params):
-            raise ValueError(f"{number} parts named {prefix} in {len(params)} tensors")
-        return number
-    levels = count("encoders.")
-    return {"width": params["intro.weight"].shape[0], "middle": count("middle_blks."),
-            "enc": [count(f"encoders.{i}.") for i in range(levels)],
-            "dec": [count(f"decoders.{i}.") for i in range(count("decoders."))]}
+def state_of(net):
+    """A net's parameters and statistics, on the CPU."""
+    return {name: value.cpu() for name, value in net.state_dict().items()}
 
 
 def load_weights(path):
-    """A checkpoint in the authors' format ({'params': state dict} or the dict itself) -> NAFNet."""
-    params = load_torch(path, "give a NAFNet state dict")
-    params = params.get("params", params) if isinstance(params, dict) else params
-    tensors = isinstance(params, dict) and all(torch.is_tensor(v) for v in params.values())
-    if not tensors or "intro.weight" not in params:
-        raise InputError(f"{path} holds no NAFNet state dict: it needs tensors such as intro.weight")
+    """A checkpoint in the authors' format ({"params": state dict} or the dict itself) -> NAFNet.
+
+    base.pt is one, and so is an unfinished base.part, under another name.
+    """
+    params = read_file(Path(path), "give a NAFNet state dict")
+    for key in ("params", "model"):
+        params = params.get(key, params) if isinstance(params, dict) else {}
     try:
-        arch = arch_of(params)
-        with torch.device("meta"):                # shapes only: a damaged key may ask for a huge net
-            shapes = blocks.NAFNet(arch["width"], tuple(arch["enc"]), arch["middle"], tuple(arch["dec"]))
-    except (ValueError, RuntimeError, IndexError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: its keys describe no NAFNet ({first_line(error)})") from None
-    must_fit(shapes, params, path)
-    return with_params(new_net(arch, 0), params, path)
+        return blocks.load_authors(params)
+    except ValueError as error:
+        raise InputError(f"{path} holds no NAFNet state dict ({str(error)[:300]}): give one") from None
 
 
-def with_params(net, params, path):
-    """`net` with its parameters loaded, in place; InputError naming the first keys that do not fit."""
-    must_fit(net, params, path)
+def filled(module, params, file):
+    """The module, in place, with the parameters of an artefact, in eval mode."""
     try:
-        net.load_state_dict(params)
-    except RuntimeError as error:                 # a tensor of the right shape and a strange kind
-        raise InputError(f"{path}: weights that cannot be used ({first_line(error)}): give others") from None
-    return net.eval()
+        module.load_state_dict(params)
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:300]
+        raise InputError(f"{file} does not fit the blocks of this program ({why}): "
+                         "delete it, and it is made anew") from None
+    return module.eval()
 
 
-def must_fit(net, params, path):
-    """InputError naming the first keys of `params` that do not fit the net."""
-    own = net.state_dict()
-    wrong = [k for k in sorted(own.keys() | params.keys(), key=str)
-             if k not in own or k not in params or own[k].shape != getattr(params[k], "shape", None)]
-    if wrong:
-        raise InputError(f"{path}: {len(wrong)} weights are missing, unknown or of another shape, "
-                         f"first {', '.join(map(str, wrong[:3]))}: give weights of this architecture")
+def base_net(base, device="cpu"):
+    return blocks.load_authors(base["params"]).to(device)
 
 
-def base_net(art, device="cpu"):
-    """The base net of artefact `base`."""
-    return with_params(new_net(art["base"]["arch"], 0), art["base"]["params"], "base.pt").to(device)
-
-
-def restored_surrogates(art, net, seed):
+def trained_surrogates(net, distill, seed):
     """{site: {option: module}} of artefact `distill`."""
-    return {site: {option: with_params(blocks.new_surrogate(net, site, option, seed), params, "surrogates.pt")
-                   for option, params in options.items()} for site, options in art["distill"]["params"].items()}
-
-
-def chosen_net(art, device="cpu"):
-    """The net of artefact `finetune`."""
-    tuned = art["finetune"]
-    net = new_net(tuned["arch"], 0)
-    surrogates = {site: {option: blocks.new_surrogate(net, site, option, 0)}
-                  for site, option in tuned["choice"].items() if option}
-    net = copy.deepcopy(blocks.assemble(net, surrogates, tuned["choice"]))
-    return with_params(net, tuned["params"], "finetuned.pt").to(device)
-
-
-def load_tuned(path):
-    """A finetuned.pt, whatever its configuration."""
-    tuned = load_torch(path, "give one that --stage finetune wrote")
-    if not isinstance(tuned, dict) or not {"params", "arch", "choice", "config"} <= tuned.keys():
-        raise InputError(f"{path} is not an artefact of stage finetune: give one, or run --stage finetune")
-    return tuned
+    return {site: {k: filled(blocks.new_surrogate(net, site, k, seed), params, "surrogates.pt")
+                   for k, params in row.items()} for site, row in distill["params"].items()}
 
 
 def choice_of(sites, options):
     return dict(zip(sites, map(int, options)))
 
 
-# -------------------------------------------------------------------------------- the stages
+def chosen_net(finetune, device="cpu"):
+    """The net of artefact `finetune`; its options must still be what they were."""
+    names, choice = [block.__name__ for block in blocks.BLOCKS], finetune["choice"]
+    for k in set(choice.values()):
+        if finetune["options"][k] != (names + [None] * k)[k]:
+            raise InputError(f"finetuned.pt has {finetune['options'][k]} as option {k}, no such block here: "
+                             "use the program that made it, or make it anew")
+    net = new_net(**finetune["arch"], seed=0)
+    surrogates = {site: {k: blocks.new_surrogate(net, site, k, 0)} for site, k in choice.items() if k}
+    net = copy.deepcopy(blocks.assemble(net, surrogates, choice))
+    return filled(net, finetune["params"], "finetuned.pt").to(device)
 
-def stage_base(config, pairs, art, device):
+
+# --------------------------------------------------------------------------------------- the stages
+
+def trained(job, net, steps, lr, label, file, seed):
+    """`blocks.train` on crops of the training pairs; ranks take a share of every batch; kept in out/FILE."""
+    config, ranks = job.config, world()
+    own = crops(job.pairs("train"), seed, config.crop, config.batch, config.workers, (rank(), ranks))
+
+    def batch_at(step):
+        blur, sharp = (as_batch(images, job.device) for images in agreed(lambda: own(step)))
+        return (blur, sharp, len(blur) * ranks / config.batch) if ranks > 1 else (blur, sharp)
+
+    state = resumed(job, file)
+    each = keeper(job, file, label, steps, state["step"] if state else 0)
+    wrap = functools.partial(DistributedDataParallel, forward_sync_buffers=False) if ranks > 1 else None
+    return blocks.train(net, batch_at, steps, lr, config.amp, state, each, wrap)
+
+
+def stage_base(job):
     """Section II: the base net, trained here or read from --weights."""
+    config = job.config
     if config.weights:
-        net = load_weights(config.weights).to(device)
+        net = load_weights(config.weights).to(job.device)
     else:
-        net = new_net(dataclasses.asdict(config), config.seed).to(device)
-        batch_at = crops(pairs("train"), config.seed, config.crop, config.batch, device, config.workers)
-        net = train(net, batch_at, config.base_steps, config.base_lr, "base", config.amp, art.get("part"))
-    score = evaluate(net, pairs("val"), device)
-    if not finite(net.state_dict()) or not math.isfinite(score["psnr_db"]):
-        raise InputError(f"base: the net is not finite (validation {score['psnr_db']} dB): lower --base-lr or check --weights")
-    params = {k: v.cpu() for k, v in net.state_dict().items()}
-    return {"params": params, "arch": arch_of(params), "val": score}
+        net = new_net(config.width, config.enc, config.middle, config.dec, config.seed).to(job.device)
+        net = trained(job, net, config.base_steps, config.base_lr, "base", "base.part", config.seed)
+    score = evaluate(net, job.pairs("val"), job.device)
+    if not math.isfinite(score["psnr_db"]):
+        raise InputError(f"base: validation gives {score['psnr_db']} dB: lower --base-lr or check --weights")
+    params = state_of(net)
+    return {"params": params, "arch": blocks.architecture(params), "val": score}
 
 
-def stage_saliency(config, pairs, art, device):
+def stage_saliency(job, base):
     """Section II-A, table 1: six measures on one minibatch, and the stage that stays."""
-    net = base_net(art, device)
+    config, net = job.config, base_net(base, job.device)
     # The Hessian product holds 2.4 GiB for each 256x256 crop at width 32: 16 of them fit one GPU, 64 do not.
-    blur, sharp = crops(pairs("train"), config.seed + 1, config.crop, min(config.batch, 16), device)(0)
-    scores = blocks.saliency(net, blur, sharp, psnr_loss)
+    batch = crops(job.pairs("train"), config.seed + 1, config.crop, min(config.batch, 16))(0)
+    scores = blocks.saliency(net, *(as_batch(images, job.device) for images in batch), blocks.psnr_loss)
     kept = blocks.critical_stages(scores)
     return {"scores": scores, "mean_ranks": blocks.mean_ranks(scores), "critical": kept,
             "sites": [site for site in blocks.site_names(net) if site.split(".")[0] not in kept]}
 
 
-def stage_profile(config, pairs, art, device):
+def hub(job):
+    """Arguments of `profile_device.profile_hub`."""
+    return {"device": job.config.hub_device, "runtime": job.config.hub_runtime, "force": job.anew,
+            "jobs": job.out / "profile_jobs.json"}
+
+
+def stage_profile(job, base, saliency):
     """Section II-A, table 2: the latency of every option at every site."""
-    net, sites = base_net(art), art["saliency"]["sites"]
-    surrogates = {site: {k: blocks.new_surrogate(net, site, k, config.seed) for k in range(1, len(blocks.BLOCKS))}
+    config, net, sites = job.config, base_net(base), saliency["sites"]
+    options = range(1, len(blocks.BLOCKS))
+    surrogates = {site: {k: blocks.new_surrogate(net, site, k, config.seed) for k in options}
                   for site in sites}
     measure = profile_device.latency_table
     if config.target == "local":
         say(f"profile: timing {len(blocks.BLOCKS)} options at {len(sites)} sites, inside the whole net ...")
         measure = functools.partial(profile_device.alone, measure)
     try:
-        table = measure(net, surrogates, sites, config.frame, config.target, blocks.deploy, device, hub=art.get("hub"))
+        table = measure(net, surrogates, sites, config.frame, config.target, blocks.deploy, job.device,
+                        hub=hub(job))
     except ValueError as error:
         raise InputError(str(error)) from None
     for line in profile_device.remarks(table):
@@ -959,324 +1120,296 @@ def stage_profile(config, pairs, art, device):
     return table
 
 
-def stage_distill(config, pairs, art, device):
+def stage_distill(job, base, saliency):
     """Section II-B: every surrogate imitates its block, on its own; the ranks share them out."""
-    train_pairs, sites, part = pairs("train"), art["saliency"]["sites"], art.get("part")
-    share = train_pairs[:max(1, round(config.distill_share * len(train_pairs)))]
-    batch_at = crops(share, config.seed + 2, config.crop, config.batch, device, config.workers)
-    students = [(site, k) for k in range(1, len(blocks.BLOCKS)) for site in sites]      # so dealt, ranks have equal work
-    found, keep = resumed(part), keeper(part)
-    tick = progress("distill", config.distill_steps, found["step"] if found else 0)
+    config, sites, pairs = job.config, saliency["sites"], job.pairs("train")
+    blurred = [(blur, blur) for _, blur in pairs[:max(1, round(config.distill_share * len(pairs)))]]
+    own = crops(blurred, config.seed + 2, config.crop, config.batch, config.workers, (rank(), world()))
+    students = [(site, k) for k in range(1, len(blocks.BLOCKS)) for site in sites]   # dealt so, work is equal
+    state = resumed(job, "surrogates.part")
     surrogates, losses = blocks.distill(
-        base_net(art, device), sites, lambda step: tick(step + 1) or agreed(lambda: batch_at(step)),
-        config.distill_steps, config.distill_lr, config.seed, students[rank()::world()] or students[:1], config.amp,
-        found, lambda make: keep(lambda: joint(make)))
-    mine = {(site, k): ({name: p.cpu() for name, p in student.state_dict().items()}, losses[site][k])
+        base_net(base, job.device), sites,
+        lambda step: as_batch(whole_batch(agreed(lambda: own(step))[0], config.batch), job.device),
+        config.distill_steps, config.distill_lr, config.seed, students[rank()::world()] or students[:1],
+        config.amp, state, keeper(job, "surrogates.part", "distill", config.distill_steps,
+                                  state["step"] if state else 0, joint=True))
+    mine = {(site, k): (state_of(student), losses[site][k])
             for site, row in surrogates.items() for k, student in row.items()}
     everything = merged(gather(mine))
-    bad = [pair for pair in students if not all_finite(*everything[pair])]
-    for site, k in bad:
-        say(f"distill: option {k} at {site} diverged and is left out of the search; a lower --distill-lr than "
-            f"{config.distill_lr} may help")
-    params, last = {site: {} for site in sites}, {site: {} for site in sites}
+    params, last, diverged = {site: {} for site in sites}, {site: {} for site in sites}, []
     for site, k in students:
-        state, curve = everything[site, k]
-        last[site][k] = statistics.fmean(curve[-10:]) if curve and (site, k) not in bad else None
-        if (site, k) not in bad:                  # interned: a name is one object, whichever rank it came from
-            params[site][k] = {sys.intern(name): p for name, p in state.items()}
-    return {"params": params, "losses": last, "diverged": [list(pair) for pair in bad]}
+        student, curve = everything[site, k]
+        if not finite(student) or not all(map(math.isfinite, curve)):
+            diverged.append([site, k])
+            say(f"distill: option {k} at {site} diverged and is left out of the search; "
+                f"a lower --distill-lr than {config.distill_lr} may help")
+            continue
+        params[site][k] = {sys.intern(name): p for name, p in student.items()}     # names of one rank or two
+        last[site][k] = statistics.fmean(curve[-10:]) if curve else None
+    return {"params": params, "losses": last, "diverged": diverged}
 
 
-def joint(make):
-    """One state of distillation from those of all ranks."""
-    states = gather(make())
-    return {"step": states[0]["step"], "students": merged([state["students"] for state in states])}
+def share_out(score, proposals):
+    """[score of each proposal, at most one per rank], on every rank; each rank scores one."""
+    own = agreed(lambda: score(proposals[rank()]) if rank() < len(proposals) else None)
+    return gather(own)[:len(proposals)]
 
 
-def merged(dicts):
-    """One dict of several."""
-    return {key: value for each in dicts for key, value in each.items()}
-
-
-def all_finite(state, curve):
-    """Whether a student's losses and parameters are finite."""
-    return all(map(math.isfinite, curve)) and finite(state)
-
-
-def penalties(table, sites, diverged=()):
-    """One array per site: its options' ms over the base blocks' total, so that the base has penalty 1.
-
-    That is the order of magnitude of the loss in dB (II-C); no result depends on the factor. An option that
-    the device cannot run (None in the table), or in `diverged` [[site, option], ...], has an infinite penalty.
-    """
-    total = sum(table["sites"][site][0] for site in sites)
-    return [np.array([math.inf if ms is None or [site, k] in diverged else ms / total
-                      for k, ms in enumerate(table["sites"][site])]) for site in sites]
-
-
-def stage_search(config, pairs, art, device):
-    """Section II-C: Bayesian search over all configurations; scored by plug-and-play passes."""
-    net, sites, table, part = base_net(art, device), art["saliency"]["sites"], art["profile"], art.get("part")
-    surrogates = restored_surrogates(art, net, config.seed)
-    penalty = penalties(table, sites, art["distill"].get("diverged", []))
-    val = [load_pair(p) for p in pairs("val")]
-    base_db = evaluate(net, val, device, with_ssim=False)["psnr_db"]
-
+def scorer(net, surrogates, sites, val, device):
+    """The base net's validation PSNR in dB, and score(options) -> dB lost against it, plug and play."""
     def score(options):
         candidate = blocks.assemble(net, surrogates, choice_of(sites, options)).eval()
         db = evaluate(candidate, val, device, with_ssim=False)["psnr_db"]
         return base_db - (db if math.isfinite(db) else 0.0)            # an output that is not finite: 0 dB
 
-    found = resumed(part) or {"scored": []}
-    known = {tuple(options): loss_db for options, loss_db in found["scored"]}
-    history = [search.evaluated(*scored, penalty) for scored in list(known.items())[:config.evaluations]]
-    losses_of = functools.partial(scored_once, score, known, watched(penalty, config.evaluations), keeper(part))
+    base_db = evaluate(net, val, device, with_ssim=False)["psnr_db"]
+    return base_db, score
+
+
+def taken_back(options):
+    """{position: the configuration with that one swap taken back}."""
+    return {i: options[:i] + (0,) + options[i + 1:] for i, option in enumerate(options) if option}
+
+
+def swap_effects(evaluation, scored, sites, profile):
+    """What each swap of a configuration costs in dB and saves in ms, measured by taking it back alone."""
+    back, rows = taken_back(evaluation.options), [profile["sites"][site] for site in sites]
+    return {"cost_db": {sites[i]: evaluation.loss_db - scored[options] for i, options in back.items()},
+            "saved_ms": {sites[i]: rows[i][0] - rows[i][evaluation.options[i]] for i in back}}
+
+
+def stage_search(job, base, saliency, profile, distill):
+    """Section II-C: Bayesian search over all configurations; scored by plug-and-play passes."""
+    config, sites, net = job.config, saliency["sites"], base_net(base, job.device)
+    penalty = search.penalties(profile, sites, distill["diverged"])
+    val = [load_pair(pair) for pair in job.pairs("val")]
+    base_db, score = scorer(net, trained_surrogates(net, distill, config.seed), sites, val, job.device)
+    found = resumed(job, "search.part") or {"scored": []}
+    scored = {tuple(options): loss_db for options, loss_db in found["scored"]}
+    history = [search.evaluated(*item, penalty) for item in list(scored.items())[:config.evaluations]]
+    tick = progress("search", config.evaluations, len(history))
+
+    def keep():
+        rows = [[list(options), loss_db] for options, loss_db in scored.items()]
+        state = {"step": len(rows), "scored": rows}
+        first(lambda: saved(job.out / "search.part", state, job.head))
+
+    def each(history):
+        scored.update((e.options, e.loss_db) for e in history)
+        keep()
+        Y, ref = np.array([e[1:] for e in history]), search.default_ref(history, penalty)
+        volume = f"hypervolume {search.hypervolume(Y, ref):.3f}"
+        tick(len(history), lambda: f"front {len(search.front_of(Y))}, {volume}")
+
     with warnings.catch_warnings(record=True) as ended:
-        found = search.search(score, penalty, config.evaluations, np.random.default_rng(config.seed), history=history,
-                              batch=world(), map=lambda _, proposals: losses_of(proposals))
+        history = search.search(score, penalty, config.evaluations, np.random.default_rng(config.seed),
+                                history=history, batch=world(), map=share_out, each=each)
     for warning in ended:
         say(str(warning.message))
-    Y = np.array([(e.loss_db, e.penalty) for e in found])
-    front = front_of(Y)
+    Y, ref = np.array([e[1:] for e in history]), search.default_ref(history, penalty)
+    front = search.front_of(Y)
     ranked = [front[i] for i in search.knee(Y[front], len(front))]
-    knee = [i for i in ranked if any(found[i].options)][:config.candidates] or ranked[:1]     # the base is no candidate
-    rows = [{"options": list(map(int, e.options)), "loss_db": e.loss_db, "penalty": e.penalty,
-             "latency_ms": profile_device.network_ms(table, choice_of(sites, e.options))} for e in found]
+    knee = [i for i in ranked if any(history[i].options)][:config.candidates] or ranked[:1]   # not the base
+    new = [o for i in knee for o in taken_back(history[i].options).values() if o not in scored]
+    new = list(dict.fromkeys(new))
+    for chunk in (new[i:i + world()] for i in range(0, len(new), world())):
+        scored.update(zip(chunk, share_out(score, chunk)))
+        keep()
+    rows = [{"options": list(e.options), "loss_db": e.loss_db, "penalty": e.penalty,
+             "latency_ms": profile_device.network_ms(profile, choice_of(sites, e.options))} for e in history]
     return {"sites": sites, "evaluations": rows, "front": front, "knee": knee, "base_val_db": base_db,
-            "taken_back": [taken_back(found[i], sites, table, losses_of) for i in knee]}
+            "space": math.prod(map(len, search.available(penalty))), "ref": ref.tolist(),
+            "hypervolume": search.hypervolume(Y, ref), "below_chord": search.below_chord(Y[front]).tolist(),
+            "taken_back": [swap_effects(history[i], scored, sites, profile) for i in knee]}
 
 
-def scored_once(score, known, show, keep, proposals):
-    """Losses in dB of proposed configurations, in order, one per rank at a time; none is scored twice.
-
-    known {options: loss} is added to, shown and kept as each loss arrives, on every rank alike.
-    """
-    new = [options for options in dict.fromkeys(proposals) if options not in known]
-    for i in range(0, len(new), world()):
-        chunk = new[i:i + world()]
-        losses = gather(agreed(lambda: score(chunk[rank()]) if rank() < len(chunk) else None))
-        known.update(zip(chunk, losses))
-        show(known)
-        keep(lambda: {"step": len(known), "scored": [[list(map(int, o)), loss_db] for o, loss_db in known.items()]}, now=True)
-    return [known[options] for options in proposals]
-
-
-def watched(penalty, total):
-    """A function (known) with a line of progress: front size and hypervolume, with the search's own reference."""
-    tick = None
-
-    def show(known):
-        nonlocal tick
-        done = [search.evaluated(*scored, penalty) for scored in known.items()]
-        if len(done) > total:                     # swaps that are taken back afterwards
-            return
-        tick = tick or progress("search", total, len(done) - 1)
-        Y = np.array([(e.loss_db, e.penalty) for e in done])
-        volume = search.hypervolume(Y, search.default_ref(done, penalty))
-        tick(len(done), f"front {search.pareto_mask(Y).sum()}, hypervolume {volume:.3f}")
-
-    return show
-
-
-def front_of(Y):
-    """Indices of the Pareto front of Y (n, 2), ascending in objective 2."""
-    front = np.flatnonzero(search.pareto_mask(Y))
-    return front[np.argsort(Y[front, 1], kind="stable")].tolist()
-
-
-def taken_back(evaluation, sites, table, losses_of):
-    """What each swap of a configuration costs in dB and saves in ms, measured by taking it back alone."""
-    swapped = {site: option for site, option in zip(sites, evaluation.options) if option}
-    losses = losses_of([tuple(0 if s == site else o for s, o in zip(sites, evaluation.options)) for site in swapped])
-    cost = {site: evaluation.loss_db - loss_db for site, loss_db in zip(swapped, losses)}
-    return {"cost_db": cost, "saved_ms": {site: table["sites"][site][0] - table["sites"][site][option]
-                                          for site, option in swapped.items()}}
-
-
-def stage_finetune(config, pairs, art, device):
+def stage_finetune(job, base, distill, search):
     """Section II-D: candidates of the knee region, trained on all pairs; one is picked."""
-    net, sites, found = base_net(art, device), art["search"]["sites"], art["search"]
-    surrogates = restored_surrogates(art, net, config.seed)
-    batch_at = crops(pairs("train"), config.seed + 4, config.crop, config.batch, device, config.workers)
-    tuned, rows, part = [], [], art.get("part")
-    for n, i in enumerate(found["knee"]):
-        row, own = found["evaluations"][i], part and part._replace(path=part.path.with_suffix(f".{n + 1}.part"))
-        start = blocks.assemble(net, surrogates, choice_of(sites, row["options"]))
-        tuned.append(train(start, batch_at, config.finetune_steps, config.finetune_lr,
-                           f"finetune {n + 1} of {len(found['knee'])}", config.amp, own))
-        after = evaluate(tuned[-1], pairs("val"), device)["psnr_db"]
+    config, net, sites = job.config, base_net(base, job.device), search["sites"]
+    surrogates, tuned, rows = trained_surrogates(net, distill, config.seed), [], []
+    for n, i in enumerate(search["knee"], start=1):
+        row = search["evaluations"][i]
+        net_before = blocks.assemble(net, surrogates, choice_of(sites, row["options"]))
+        tuned.append(trained(job, net_before, config.finetune_steps, config.finetune_lr,
+                             f"finetune {n} of {len(search['knee'])}", f"finetuned.{n}.part",
+                             config.seed + 4))
+        after = evaluate(tuned[-1], job.pairs("val"), job.device)["psnr_db"]
         if math.isnan(after):
-            raise InputError(f"finetune: candidate {n + 1} diverged: lower --finetune-lr {config.finetune_lr}")
-        rows.append({**row, "val_before_db": found["base_val_db"] - row["loss_db"], "val_after_db": after})
-    best = max(range(len(rows)), key=lambda n: rows[n]["val_after_db"] if config.pick == "best" else -rows[n]["latency_ms"])
-    return {"params": {k: v.cpu() for k, v in tuned[best].state_dict().items()}, "arch": art["base"]["arch"],
-            "choice": choice_of(sites, rows[best]["options"]), "candidates": rows, "picked": best}
+            raise InputError(f"finetune: candidate {n} diverged: lower --finetune-lr {config.finetune_lr}")
+        rows.append({**row, "val_before_db": search["base_val_db"] - row["loss_db"], "val_after_db": after})
+    best = max(range(len(rows)), key=lambda n: rows[n]["val_after_db"] if config.pick == "best"
+               else -rows[n]["latency_ms"])
+    return {"params": state_of(tuned[best]), "arch": base["arch"], "picked": best, "candidates": rows,
+            "choice": choice_of(sites, rows[best]["options"])}
 
 
-def stage_adapt(config, pairs, art, device):
-    """Section III-C: a net found on other data is fine-tuned on --data, without a search; before and after."""
-    found = load_tuned(config.from_)
-    sets = {"validation": pairs("val"), "test": pairs("test"), **named_pairs(config)}
-    batch_at = crops(pairs("train"), config.seed + 4, config.crop, config.batch, device, config.workers)
-    before = chosen_net({"finetune": found}, device)
-    after = train(before, batch_at, config.finetune_steps, config.finetune_lr, "finetune", config.amp, art.get("part"))
-    gmacs = blocks.count_macs(blocks.deploy(after), (1, 3, *config.frame)) / 1e9
-    params = {k: v.cpu() for k, v in after.state_dict().items()}
+def stage_adapt(job):
+    """Section III-C: a net found on other data, fine-tuned on --data without a search; before and after."""
+    config = job.config
+    found = loaded(Path(config.from_), {"stage": "finetune"})
+    sets = {"validation": job.pairs("val"), "test": job.pairs("test"), **named_pairs(config)}
+    before = chosen_net(found, job.device)
+    after = trained(job, before, config.finetune_steps, config.finetune_lr, "finetune", "finetuned.part",
+                    config.seed + 4)
+    params, gmacs = state_of(after), blocks.count_macs(blocks.deploy(after), (1, 3, *config.frame)) / 1e9
     nets = {"before": as_scored(before, config), "after": as_scored(after, config)}
     return {"params": params, "arch": found["arch"], "choice": found["choice"], "gmacs": gmacs,
-            "scores": {name: score_nets(nets, pairs, device, name) for name, pairs in sets.items()}}
+            "scores": {name: score_nets(nets, pairs, job.device, name) for name, pairs in sets.items()}}
 
 
-WHERE = ("device", "runtime", "precision", "threads", "statistic", "date")      # what a latency was measured on
-
-
-def measure_nets(config, table, entries, choices, device, hub, count=30):
-    """Latency of whole nets, {name: (deployed net, shape)} and {name: choice} -> ({name: ms or None}, sums).
-
-    Locally `count` random configurations are timed in the same rounds, so that `sums` (`do_the_sums_hold`) says
-    how well the profiled blocks predict nets in general, whatever the machine's speed is by now.
-    """
-    where = {key: table[key] for key in (*WHERE, "frame") if key in table}
-    drift, repeat_tau = 1.0, None
-    if config.target == "local":
-        where.update(profile_device.machine(device))
-        more = random_nets(table, *entries["base"], count, np.random.default_rng([config.seed, 5]))
-        choices = {**choices, **{name: choice for name, (choice, _) in more.items()}}
-        entries = {**entries, **{name: entry for name, (_, entry) in more.items()}}
-        say(f"evaluate: timing {len(entries)} whole nets ...")
-        measured, repeat_tau = local_net_ms(entries, device)
-        drift = measured["base"] / table["base_ms"]
-    else:
-        measured = hub_net_ms(entries, hub) if config.target == "qai-hub" else dict.fromkeys(entries)
-    return measured, {**do_the_sums_hold(table, choices, measured, where, drift), "repeat_tau": repeat_tau}
-
-
-def random_nets(table, base, shape, count, rng):
-    """{name: (choice, (net, shape))} of `count` random configurations on the deployed base net.
+def random_nets(sites, base, count, rng):
+    """{options as text: (choice, net)} of `count` random configurations on the deployed base net.
 
     Put together from blocks that are deployed once, untrained: no time depends on the weights.
     """
     surrogates = {site: {k: blocks.deploy(blocks.new_surrogate(base, site, k, 0))
-                         for k in range(1, len(blocks.BLOCKS))} for site in table["sites"]}
-    sites, nets = list(table["sites"]), {}
-    for _ in range(count):
-        choice = choice_of(sites, rng.integers(0, len(blocks.BLOCKS), len(sites)))
-        nets[" ".join(map(str, choice.values()))] = choice, (blocks.assemble(base, surrogates, choice), shape)
-    return nets
+                         for k in range(1, len(blocks.BLOCKS))} for site in sites}
+    choices = [choice_of(sites, rng.integers(0, len(blocks.BLOCKS), len(sites))) for _ in range(count)]
+    return {" ".join(map(str, c.values())): (c, blocks.assemble(base, surrogates, c)) for c in choices}
 
 
-def hub_net_ms(entries, hub):
-    """{name: (deployed net, shape)} -> {name: ms on a device of AI Hub, None where its job failed}."""
-    found = profile_device.profile_hub({name: (net.cpu(), shape) for name, (net, shape) in entries.items()}, **(hub or {}))
-    for line in profile_device.remarks({"modules": found}):
-        say(line)
-    return {name: result["ms"] for name, result in found.items()}
+def measure_nets(job, table, nets, choices, count=30):
+    """Latency of whole nets, {name: deployed net} and {name: choice} -> ({name: ms or None}, their sums).
 
-
-def local_net_ms(entries, device, rounds=12, most=72, enough=0.9):
-    """{name: (deployed net, shape)} -> ({name: ms}, repeat tau: Kendall's, between two halves, without the base net).
-
-    Each half is measured in a process of its own. What does not repeat itself, no prediction can tell: below
-    `enough`, two processes more take another `rounds` each, up to `most` in all.
+    Locally `count` random configurations are timed in the same rounds, so that the sums say how well the
+    profiled blocks predict nets in general, whatever the machine's speed is by now.
     """
-    halves, repeat_tau = [{name: [] for name in entries} for _ in range(2)], -math.inf
-    while repeat_tau < enough and 2 * len(halves[0]["base"]) < most:
-        for half in halves:
-            more = profile_device.alone(profile_device.time_together, entries, device, rounds, warmup=1, calls=1)
-            half.update({name: half[name] + more[name] for name in entries})
-        pair = [profile_device.settled({name: ms for name, ms in half.items() if name != "base"}) for half in halves]
-        repeat_tau = float(kendalltau(*(list(ms.values()) for ms in pair)).statistic)
-    return profile_device.settled({name: halves[0][name] + halves[1][name] for name in entries}), repeat_tau
+    config, shape = job.config, (1, 3, *job.config.frame)
+    where = {key: table[key] for key in (*WHERE, "frame") if key in table}
+    drift, repeat_tau = 1.0, None
+    if config.target == "local":
+        where.update(profile_device.machine(job.device))
+        more = random_nets(list(table["sites"]), nets["base"], count, np.random.default_rng([config.seed, 5]))
+        choices = {**choices, **{name: choice for name, (choice, _) in more.items()}}
+        nets = {**nets, **{name: net for name, (_, net) in more.items()}}
+        say(f"evaluate: timing {len(nets)} whole nets ...")
+        entries = {name: (net, shape) for name, net in nets.items()}
+        measured, repeat_tau = profile_device.time_nets(entries, job.device)
+        drift = measured["base"] / table["base_ms"]
+    elif config.target == "qai-hub":
+        entries = {name: (net.cpu(), shape) for name, net in nets.items()}
+        found = profile_device.profile_hub(entries, **hub(job))
+        for line in profile_device.remarks({"modules": found}):
+            say(line)
+        measured = {name: result["ms"] for name, result in found.items()}
+    else:
+        measured = dict.fromkeys(nets)
+    return measured, {**profile_device.sums(table, choices, measured, where, drift), "repeat_tau": repeat_tau}
 
 
-def do_the_sums_hold(table, choices, measured, where, drift=1.0):
-    """Predicted against measured ms of the nets that were measured, on `where`.
-
-    drift: how much slower the machine runs than when the table was made; predictions are multiplied by it.
-    {rows, drift, tau: Kendall's (None below three nets), mean_relative_error (None without a measurement), measured_on};
-    the base net, on which the table's sum is right by construction, has a row but no part in tau and error.
-    """
-    rows = [{"net": name, "predicted_ms": drift * profile_device.network_ms(table, choice), "measured_ms": measured[name]}
-            for name, choice in choices.items() if measured[name] is not None]
-    pairs = [(row["predicted_ms"], row["measured_ms"]) for row in rows if row["net"] != "base"]
-    return {"rows": rows, "drift": drift, "measured_on": where if rows else None,
-            "tau": float(kendalltau(*zip(*pairs)).statistic) if len(pairs) > 2 else None,
-            "mean_relative_error": statistics.fmean(abs(p / m - 1) for p, m in pairs) if pairs else None}
-
-
-def stage_evaluate(config, pairs, art, device):
+def stage_evaluate(job, base, profile, finetune):
     """Section III: blurred input, base and chosen net on test pairs; sizes; whole-net latency."""
-    nets, sets = {"base": base_net(art, device), "chosen": chosen_net(art, device)}, named_pairs(config)
-    shape, table = (1, 3, *config.frame), art["profile"]
+    config, sets = job.config, named_pairs(job.config)
+    nets = {"base": base_net(base, job.device), "chosen": chosen_net(finetune, job.device)}
+    choices = {"base": {}, "chosen": finetune["choice"]}
     deployed = {name: blocks.deploy(net) for name, net in nets.items()}
-    choices = {"base": {}, "chosen": art["finetune"]["choice"]}
-    entries = {name: (net, shape) for name, net in deployed.items()}
-    measured, sums = measure_nets(config, table, entries, choices, device, art.get("hub"))
+    measured, sums = measure_nets(job, profile, deployed, choices)
     nets = {name: as_scored(net, config) for name, net in nets.items()}
-    own = score_nets(nets, pairs("test"), device, "test")
-    rows = {name: {**own[name], "params": blocks.count_params(deployed[name]),
-                   "mb": sum(p.numel() * p.element_size() for p in deployed[name].parameters()) / 1e6,
-                   "gmacs": blocks.count_macs(deployed[name], shape) / 1e9, "latency_ms": measured[name],
-                   "predicted_ms": profile_device.network_ms(table, choices[name])} for name in nets}
-    tests = {name: score_nets(nets, test, device, name) for name, test in sets.items()}
+    own = score_nets(nets, job.pairs("test"), job.device, "test")
+    rows = {name: {**own[name], "params": blocks.count_params(net),
+                   "mb": sum(p.numel() * p.element_size() for p in net.parameters()) / 1e6,
+                   "gmacs": blocks.count_macs(net, (1, 3, *config.frame)) / 1e9, "latency_ms": measured[name],
+                   "predicted_ms": profile_device.network_ms(profile, choices[name])}
+            for name, net in deployed.items()}
+    tests = {name: score_nets(nets, test, job.device, name) for name, test in sets.items()}
     return {"test_pairs": own["pairs"], "blurred": own["blurred"], **rows, "tests": tests, "sums": sums,
             "protocol": protocol(config)}
 
 
-# -------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------------------- the report
 
-def gain_table(metrics):
-    """The answer to 'what did I gain', as a Markdown table."""
-    head = ["", "params", "MB", "GMACs", "measured ms", "predicted ms", "PSNR dB", "SSIM"]
-    rows = [["blurred input", "", "", "", "", "", f"{metrics['blurred']['psnr_db']:.2f}", f"{metrics['blurred']['ssim']:.4f}"]]
-    for name in ("base", "chosen"):
-        m = metrics[name]
-        rows.append([name, f"{m['params']:,}", f"{m['mb']:.2f}", f"{m['gmacs']:.2f}",
-                     measured_ms(m), f"{m['predicted_ms']:.1f}", f"{m['psnr_db']:.2f}", f"{m['ssim']:.4f}"])
-    return markdown(head, rows)
+WHERE = ("device", "runtime", "precision", "threads", "statistic", "date")      # what latency was taken on
 
-
-def measured_ms(m):
-    """Latency of one net of `stage_evaluate`, if it was measured."""
-    return "not measured" if m["latency_ms"] is None else f"{m['latency_ms']:.1f}"
+# The paper's tables as printed. Table 1: fisher in 1e-6, plain in 1e-3, enc2's plain printed "2.24e"; the
+# mean
+# ranks are ours. Tables 4 and 5: PSNR in dB/SSIM, GMACs (65 is NAFNet at 512x512).
+PAPER_TABLE_1 = """\
+| published       | grad_norm | snip | grasp   | fisher | plain  | synflow | mean rank |
+|-----------------|-----------|------|---------|--------|--------|---------|-----------|
+| enc0            | 0.0118    | 0.04 | 0.0005  | 1.96   | -6.95  | 2.0e18  | 5.33      |
+| enc1            | 0.0050    | 0.03 | -0.0001 | 2.58   | -3.72  | 2.3e16  | 6.67      |
+| enc2            | 0.0037    | 0.05 | 0.0006  | 5.19   | 2.24   | 1.6e15  | 5.50      |
+| enc3 (critical) | 0.0644    | 1.6  | -0.0017 | 6.23   | 21.8   | 2.2e17  | 1.33      |
+| mid             | 0.0008    | 0.04 | 0.0002  | 0.99   | 0.52   | 2.6e12  | 7.83      |
+| dec3            | 0.0040    | 0.09 | -0.0008 | 2.88   | 9.48   | 1.1e12  | 5.00      |
+| dec2            | 0.0086    | 0.11 | -0.0019 | 4.58   | 7.52   | 8.3e9   | 4.17      |
+| dec1            | 0.0193    | 0.12 | 0.0010  | 3.09   | -17.01 | 4.3e7   | 3.83      |
+| dec0            | 0.0195    | 0.07 | -0.0002 | 2.13   | 8.37   | 1.2e12  | 5.33      |"""
+PAPER_TABLE_3 = """\
+| published, on GoPro and an S24 Ultra | params, M | MB  | ms  | PSNR dB | SSIM  |
+|--------------------------------------|-----------|-----|-----|---------|-------|
+| NAFNet, published                    | 17.112    | 107 | 177 | 35.80   | 0.980 |
+| Ours, published                      | 17.110    | 106 | 147 | 33.76   | 0.942 |"""
+PAPER_TABLE_4 = """\
+|                      | GoPro      | RealBlur-J | RealBlur-R | HIDE       |
+|----------------------|------------|------------|------------|------------|
+| SRN, published       | 30.26/.934 | 28.56/.867 | 35.66/.947 | 28.36/.915 |
+| DPDNet, published    | 29.08/.914 | 27.87/.827 | 32.51/.841 | 25.73/.874 |
+| DMPHN, published     | 31.20/.940 | 28.42/.860 | 35.70/.948 | 29.09/.924 |
+| DBGAN, published     | 31.10/.942 | 24.93/.745 | 33.78/.909 | 28.94/.915 |
+| MPRNet, published    | 32.66/.959 | 28.70/.873 | 35.99/.952 | 30.96/.939 |
+| MT-RNN, published    | 31.15/.945 | 28.44/.862 | 35.79/.951 | 29.15/.918 |
+| Restormer, published | 32.92/.961 | 28.96/.879 | 36.19/.957 | 31.22/.942 |
+| NAFNet, published    | 35.80/.980 | 26.48/.823 | 33.78/.943 | 30.45/.913 |
+| Ours, published      | 33.76/.942 | 26.51/.824 | 33.82/.943 | 30.36/.912 |"""
+PAPER_TABLE_5 = """\
+|                              | DPDD-indoor | DPDD-outdoor | GMACs |
+|------------------------------|-------------|--------------|-------|
+| DPDNet, published            | 26.54/.816  | 22.25/.682   | 991   |
+| KPAC, published              | 27.97/.852  | 22.62/.701   | -     |
+| IFAN, published              | 28.11/.861  | 22.76/.720   | 363   |
+| DMENet, published            | 25.50/.788  | 21.43/.644   | 1173  |
+| EBDB, published              | 25.77/.772  | 21.25/.599   | -     |
+| JNB, published               | 26.73/.828  | 21.10/.608   | -     |
+| Restormer, published         | 28.87/.882  | 23.24/.743   | 141   |
+| KBNet, published             | 28.89/.883  | 23.32/.749   | 108   |
+| NAFNet, published            | 24.44/.766  | 18.83/.574   | 65    |
+| Ours, published              | 19.93/.686  | 18.89/.567   | 63    |
+| Ours (fine-tuned), published | 26.87/.818  | 21.89/.656   | 63    |"""
 
 
 def markdown(head, rows):
     """Rows of strings as an aligned Markdown table."""
     widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
-    lines = ["| " + " | ".join(str(cell).ljust(w) for cell, w in zip(row, widths)) + " |" for row in [head, *rows]]
+    lines = ["| " + " | ".join(str(cell).ljust(w) for cell, w in zip(row, widths)) + " |"
+             for row in [head, *rows]]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-# Table 1 as printed; fisher in 1e-6, plain in 1e-3, enc2's plain printed "2.24e".
-PAPER_TABLE_1 = {
-    "columns": ("grad_norm", "snip", "grasp", "fisher (1e-6)", "plain (1e-3)", "synflow"),
-    "enc0": (.0118, .04, .0005, 1.96, -6.95, 2.0e18), "enc1": (.0050, .03, -.0001, 2.58, -3.72, 2.3e16),
-    "enc2": (.0037, .05, .0006, 5.19, 2.24, 1.6e15), "enc3": (.0644, 1.6, -.0017, 6.23, 21.8, 2.2e17),
-    "mid": (.0008, .04, .0002, .99, .52, 2.6e12), "dec3": (.0040, .09, -.0008, 2.88, 9.48, 1.1e12),
-    "dec2": (.0086, .11, -.0019, 4.58, 7.52, 8.3e9), "dec1": (.0193, .12, .0010, 3.09, -17.01, 4.3e7),
-    "dec0": (.0195, .07, -.0002, 2.13, 8.37, 1.2e12)}
+def figures(m):
+    """Size, latency and scores of one net of stage evaluate, as text by name."""
+    ms = "not measured" if m["latency_ms"] is None else f"{m['latency_ms']:.1f}"
+    forms = {"params": ",", "mb": ".2f", "gmacs": ".2f", "predicted_ms": ".1f", "psnr_db": ".2f",
+             "ssim": ".4f"}
+    return {"ms": ms, "millions": f"{m['params'] / 1e6:.3f}",
+            **{key: f"{m[key]:{form}}" for key, form in forms.items()}}
 
 
-# Tables 4 and 5 as printed: PSNR in dB / SSIM, and GMACs (65 is NAFNet at 512x512).
-PAPER_TABLE_4 = {
-    "columns": ("GoPro", "RealBlur-J", "RealBlur-R", "HIDE"),
-    "SRN": "30.26/.934 28.56/.867 35.66/.947 28.36/.915",
-    "DPDNet": "29.08/.914 27.87/.827 32.51/.841 25.73/.874",
-    "DMPHN": "31.20/.940 28.42/.860 35.70/.948 29.09/.924",
-    "DBGAN": "31.10/.942 24.93/.745 33.78/.909 28.94/.915",
-    "MPRNet": "32.66/.959 28.70/.873 35.99/.952 30.96/.939",
-    "MT-RNN": "31.15/.945 28.44/.862 35.79/.951 29.15/.918",
-    "Restormer": "32.92/.961 28.96/.879 36.19/.957 31.22/.942",
-    "NAFNet": "35.80/.980 26.48/.823 33.78/.943 30.45/.913",
-    "Ours": "33.76/.942 26.51/.824 33.82/.943 30.36/.912"}
-PAPER_TABLE_5 = {
-    "columns": ("DPDD-indoor", "DPDD-outdoor", "GMACs"),
-    "DPDNet": "26.54/.816 22.25/.682 991", "KPAC": "27.97/.852 22.62/.701 -", "IFAN": "28.11/.861 22.76/.720 363",
-    "DMENet": "25.50/.788 21.43/.644 1173", "EBDB": "25.77/.772 21.25/.599 -", "JNB": "26.73/.828 21.10/.608 -",
-    "Restormer": "28.87/.882 23.24/.743 141", "KBNet": "28.89/.883 23.32/.749 108",
-    "NAFNet": "24.44/.766 18.83/.574 65", "Ours": "19.93/.686 18.89/.567 63",
-    "Ours (fine-tuned)": "26.87/.818 21.89/.656 63"}
+def gain_table(evaluate):
+    """The answer to 'what did I gain', as a Markdown table."""
+    columns = {"params": "params", "mb": "MB", "gmacs": "GMACs", "ms": "measured ms",
+               "predicted_ms": "predicted ms",
+               "psnr_db": "PSNR dB", "ssim": "SSIM"}
+    blurred = "{psnr_db:.2f} {ssim:.4f}".format(**evaluate["blurred"]).split()
+    rows = [[name, *(figures(evaluate[name])[key] for key in columns)] for name in ("base", "chosen")]
+    return markdown(["", *columns.values()], [["blurred input", *[""] * 5, *blurred], *rows])
+
+
+def gain_words(evaluate):
+    """Speed and quality of the chosen net in one line."""
+    base, chosen = evaluate["base"], evaluate["chosen"]
+    key, how = "latency_ms", "measured, interleaved"
+    if None in (base["latency_ms"], chosen["latency_ms"]):
+        key, how = "predicted_ms", "predicted from the latency table, not measured"
+    elif evaluate["config"]["target"] != "local":
+        how = f"measured on {evaluate['sums']['measured_on']['device']}"
+    return (f"The chosen net runs {base[key] / chosen[key]:.2f}x as fast as the base ({how}) "
+            f"at {chosen['psnr_db'] - base['psnr_db']:+.2f} dB; the base has "
+            f"{base['psnr_db'] - evaluate['blurred']['psnr_db']:+.2f} dB over the blurred input.")
+
+
+def score_cell(score):
+    return "{psnr_db:.2f}/{ssim:.3f}".format(**score).replace("/0.", "/.")
 
 
 def test_tables(tests, gmacs, frame):
@@ -1285,32 +1418,157 @@ def test_tables(tests, gmacs, frame):
     tests {NAME: score_nets}; gmacs {net: GMACs at frame}. Table 5 is for the names of its columns, Table 4
     for all others.
     """
-    defocus = [name for name in tests if name in PAPER_TABLE_5["columns"]]
-    motion = [name for name in tests if name not in defocus]
+    defocus = [name for name in tests if name in PAPER_TABLE_5.splitlines()[0]]
     parts = []
-    for title, paper, names in (("4", PAPER_TABLE_4, motion), ("5 (defocus)", PAPER_TABLE_5, defocus)):
+    for title, paper, names in (("4", PAPER_TABLE_4, [name for name in tests if name not in defocus]),
+                                ("5 (defocus)", PAPER_TABLE_5, defocus)):
         if names:
-            columns = [*paper["columns"], *(name for name in names if name not in paper["columns"])]
-            rows = [[f"{method}, published", *row.split(), *[""] * (len(columns) - len(row.split()))]
-                    for method, row in paper.items() if method != "columns"]
-            rows += [[f"{net}, here", *(test_cell(column, net, tests, gmacs) for column in columns)]
-                     for net in tests[names[0]] if net != "pairs"]
-            sizes = ", ".join(f"{name} {tests[name]['pairs']} pairs" for name in names)
-            macs = f"; GMACs at {'x'.join(map(str, frame))}" if "GMACs" in columns else ""
-            parts += [f"## Table {title}: PSNR dB/SSIM on further test sets", markdown(["", *columns], rows),
-                      f"Rows marked published are the paper's own figures. Here: {sizes}{macs}."]
+            rows = [[f"{net}, here", *(score_cell(tests[name][net]) for name in names),
+                     f"{gmacs[net]:.1f}" if net in gmacs else ""]
+                    for net in tests[names[0]] if net != "pairs"]
+            heads = [f"{name} ({tests[name]['pairs']} pairs)" for name in names]
+            parts += [f"## Table {title}: PSNR dB/SSIM on further test sets", paper,
+                      markdown(["", *heads, "GMACs at {}x{}".format(*frame)], rows),
+                      "Rows marked published are the paper's own figures."]
     return parts
 
 
-def test_cell(column, net, tests, gmacs):
-    """Our figure for one net in one column of Table 4 or 5; empty if there is none."""
-    if column == "GMACs":
-        return f"{gmacs[net]:.1f}" if net in gmacs else ""
-    return score_cell(tests[column][net]) if column in tests else ""
+def saliency_section(saliency):
+    """Table 1: this run's saliency per stage, then the published one."""
+    ranks, kept = saliency["mean_ranks"], saliency["critical"]
+    totals = blocks.stage_totals(saliency["scores"])
+    best, second = sorted(ranks, key=ranks.get)[:2]
+    rows = [[stage + (" (critical)" if stage in kept else ""),
+             *(f"{total[stage]:.4g}" for total in totals.values()), f"{ranks[stage]:.2f}"]
+            for stage in totals["snip"]]          # in forward order, which ranks is not
+    return ["## Table 1: saliency per stage",
+            f"{best} has the best mean rank over the six measures, {ranks[best]:.2f}; next is {second}, "
+            f"{ranks[second]:.2f}. So {' '.join(kept)} stays as it is, and the other "
+            f"{len(saliency['sites'])} blocks "
+            "are the sites of the search. In the paper: enc3, 1.33; next is dec1, 3.83.",
+            markdown(["stage", *totals, "mean rank"], rows), PAPER_TABLE_1]
 
 
-def score_cell(score):
-    return f"{score['psnr_db']:.2f}/{score['ssim']:.3f}".replace("/0.", "/.")
+def measured_on(table):
+    """What a latency table was measured on, and what the device had trouble with, as Markdown."""
+    where = [f"{key} {table[key]}" for key in WHERE if key in table]
+    where = ", ".join([*where, "frame {}x{}".format(*table["frame"])])
+    return "\n".join([f"Latency from: {where}.", *(f"- {line}." for line in profile_device.remarks(table))])
+
+
+def latency_section(table):
+    """Table 2: milliseconds of every option at every site, then the published row."""
+    names, sites = table["options"], table["sites"]
+    published = [*(f"{ms:.0f}" for ms in profile_device.PAPER_BLOCK_MS), *[""] * len(names)][:len(names)]
+    fastest = [min((k for k, ms in enumerate(row) if ms is not None), key=row.__getitem__)
+               for row in sites.values()]
+    best = statistics.mode(fastest)
+    rows = [[site, *("unavailable" if ms is None else f"{ms:.2f}" for ms in row)]
+            for site, row in sites.items()]
+    return ["## Table 2: latency of each option, ms",
+            f"{names[best]} is the fastest option at {fastest.count(best)} of {len(sites)} sites. "
+            + measured_on(table),
+            markdown(["site", *(f"{i} {n}" for i, n in enumerate(names))],
+                     [*rows, ["published, every site", *published]])]
+
+
+def front_section(found, diverged, pick):
+    """How the front came about, and why these candidates."""
+    rows, ref = found["evaluations"], found["ref"]
+    left_out = ", ".join(f"{k} at {site}" for site, k in diverged)
+    why = "The base is alone on the front, so it is the one candidate: nothing that was scored gains speed."
+    if any(rows[found["knee"][0]]["options"]):
+        distances = ", ".join(f"{found['below_chord'][found['front'].index(i)]:.2f}" for i in found["knee"])
+        why = ("The candidates are, of the front without the base, the configurations furthest below the "
+               "chord between its ends, both axes scaled to 1; distances of candidate 1 and on: "
+               f"{distances}. Picked after fine-tuning: the {pick}.")
+    return ["## The front",
+            f"{len(rows)} of {found['space']:,} configurations were scored; {len(found['front'])} are on the "
+            f"front. Hypervolume {found['hypervolume']:.3f}; its reference point: {ref[0]:.2f} dB, and "
+            f"{ref[1]:.2f} times the latency of the base net's blocks.",
+            *([f"Left out of the search, as their surrogates diverged: option {left_out}."] if diverged
+              else []),
+            "![front](pareto.svg)", why]
+
+
+def nets_section(evaluate, finetune, found, profile, steps):
+    """Table 3: base and every candidate before and after fine-tuning; base and chosen on test; published."""
+    def row(name, options, predicted_ms, before, after, m=None):
+        keys = ("millions", "mb", "ms", "psnr_db", "ssim")
+        return [name, " ".join(map(str, options)), *([figures(m)[key] for key in keys] if m else [""] * 5),
+                f"{predicted_ms:.1f}", f"{before:.2f}", after]
+
+    base, candidates, picked = evaluate["base"], finetune["candidates"], finetune["picked"]
+    rows = [row("base", [0] * len(found["sites"]), base["predicted_ms"], found["base_val_db"], "", base)]
+    rows += [row(f"candidate {n + 1}" + " (chosen)" * (n == picked), c["options"], c["latency_ms"],
+                 c["val_before_db"],
+                 f"{c['val_after_db']:.2f}", evaluate["chosen"] if n == picked else None)
+             for n, c in enumerate(candidates)]
+    gains = [c["val_after_db"] - c["val_before_db"] for c in candidates]
+    rest = (f"plus {profile['rest_ms']:.1f} ms for the rest of the net" if profile["rest_ms"] else
+            "alone: there is no figure for the rest of the net")
+    head = ["", "options", "params, M", "MB", "ms", "PSNR dB", "SSIM", "predicted ms", "validation dB",
+            "fine-tuned"]
+    return ["## Table 3: base, candidates and chosen net",
+            f"{steps} steps of fine-tuning change the candidates by {min(gains):+.2f} to "
+            f"{max(gains):+.2f} dB on validation.", markdown(head, rows), PAPER_TABLE_3,
+            f"Options in the order of the sites: {', '.join(found['sites'])}. PSNR and SSIM on test. "
+            f"Predicted are the blocks at the sites {rest}."]
+
+
+def site_section(saliency, profile, found, finetune):
+    """The chosen net site by site, in words and as a table -> Markdown parts.
+
+    Changes by a swap: the candidate as it was scored, before fine-tuning, against it without the swap.
+    """
+    names, choice, lines, rows = profile["options"], finetune["choice"], [], []
+    back = found["taken_back"][finetune["picked"]]
+    for site, k in choice.items():
+        ranks = [1 + sum(abs(row[s]) > abs(row[site]) for s in choice) for row in saliency["scores"].values()]
+        change = [f"{-back[key][site]:+z.2f}" for key in ("saved_ms", "cost_db")] if k else ["", ""]
+        lines.append(f"- {site}: {names[k]} in place of {names[0]}, {change[0]} ms, {change[1]} dB" if k
+                     else f"- {site}: {names[0]} stays")
+        ms = profile["sites"][site]
+        rows.append([site, f"{statistics.fmean(ranks):.2f}", f"{ms[0]:.2f}", f"{k} {names[k]}",
+                     f"{ms[k]:.2f}", *change])
+    return ["## The chosen net, site by site", "\n".join(lines),
+            markdown(["site", "saliency rank", "base ms", "choice", "its ms", "net, ms", "net, dB"], rows),
+            "What each swap alone changes in predicted latency of the net and in PSNR on validation, before "
+            "fine-tuning: measured by taking it back. Saliency rank: among the sites, mean over the six "
+            "measures; "
+            "1 is the most salient."]
+
+
+def sums_section(sums):
+    """Predicted (the sum of the profiled blocks) against measured latency of whole nets -> Markdown parts."""
+    rows, error = sums["rows"], sums["mean_relative_error"]
+    if not rows:
+        return ["## Do the sums hold?", "No whole net was measured: the published table knows blocks only."]
+    drifted = sums["drift"] != 1
+    words = [f"{len(rows)} nets, of which the base is right by construction and does not count: "
+             + ("" if sums["tau"] is None else f"Kendall's tau {sums['tau']:.2f}, ")
+             + ("the base net alone was measured." if error is None else f"mean relative error {error:.1%}.")]
+    if sums["repeat_tau"] is not None:
+        words.append(f"Two halves of the measurement itself agree to a tau of {sums['repeat_tau']:.2f}.")
+    if drifted:
+        words.append(f"The base net took {sums['drift']:.2f} times what it took when its blocks were "
+                     "profiled, in this machine's drift; predictions here are scaled by that.")
+    cells = [[row["net"], f"{row['predicted_ms']:.1f}", f"{row['measured_ms']:.1f}",
+              f"{row['predicted_ms'] / row['measured_ms'] - 1:+.1%}"] for row in rows]
+    return ["## Do the sums hold?", " ".join(words), measured_on(sums["measured_on"]),
+            markdown(["net", "predicted ms" + " x drift" * drifted, "measured ms", "error"], cells)]
+
+
+def made_section(config, art):
+    """Base net, seed, and the versions in the artefacts."""
+    made = {}
+    for name, content in art.items():
+        made.setdefault(", ".join(f"{k} {v}" for k, v in content["versions"].items()), []).append(name)
+    versions = [text if len(made) == 1 else f"{', '.join(names)}: {text}" for text, names in made.items()]
+    base = (f"are those of {config.weights}" if config.weights else
+            f"were trained in {config.base_steps} steps")
+    return ["## How this was made",
+            f"The base net's weights {base}. Seed {config.seed}; {'; '.join(versions)}."]
 
 
 def adapted_text(config, tuned):
@@ -1319,376 +1577,47 @@ def adapted_text(config, tuned):
             for name, score in tuned["scores"].items()]
     gmacs = {net: tuned["gmacs"] for net in ("before", "after")}
     tests = {name: score for name, score in tuned["scores"].items() if name in test_sets(config)}
-    parts = [f"# {config.from_} adapted to {config.data or 'made pairs'}",
-             markdown(["PSNR dB/SSIM", "pairs", "blurred input", "before", "after"], rows),
-             f"{config.finetune_steps} steps of fine-tuning from {config.finetune_lr}, no new search. "
-             + protocol(config),
-             *test_tables(tests, gmacs, config.frame)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([
+        f"# {config.from_} adapted to {config.data or 'made pairs'}",
+        markdown(["PSNR dB/SSIM", "pairs", "blurred input", "before", "after"], rows),
+        f"{config.finetune_steps} steps of fine-tuning from {config.finetune_lr}, no new search. "
+        + protocol(config),
+        *test_tables(tests, gmacs, config.frame)]) + "\n"
 
 
-def site_section(art, names):
-    """The chosen net site by site, in words and as a table -> Markdown parts.
-
-    Changes by a swap: the candidate as it was scored, before fine-tuning, against it with this one swap taken back.
-    """
-    scores, table, tuned = art["saliency"]["scores"], art["profile"]["sites"], art["finetune"]
-    back, choice, lines, rows = art["search"]["taken_back"][tuned["picked"]], tuned["choice"], [], []
-    for site, option in choice.items():
-        rank = statistics.fmean(1 + sum(abs(row[s]) > abs(row[site]) for s in choice) for row in scores.values())
-        saved, cost = (back[key].get(site, 0.0) for key in ("saved_ms", "cost_db"))
-        lines.append(f"- {site}: {names[option]} in place of {names[0]}, {-saved:+z.2f} ms, {-cost:+z.2f} dB" if option
-                     else f"- {site}: {names[0]} stays")
-        rows.append([site, f"{rank:.2f}", f"{table[site][0]:.2f}", f"{option} {names[option]}", f"{table[site][option]:.2f}"]
-                    + ([f"{-saved:+z.2f}", f"{-cost:+z.2f}"] if option else ["", ""]))
-    return ["## The chosen net, site by site", "\n".join(lines),
-            markdown(["site", "saliency rank", "base ms", "choice", "its ms", "net, ms", "net, dB"], rows),
-            "What each swap alone changes in predicted latency of the net and in PSNR on validation, before fine-tuning: "
-            "measured by taking it back. Saliency rank: among the sites, mean over the six measures; 1 is the most salient."]
-
-
-def gain_words(metrics):
-    """Speed and quality of the chosen net in one line."""
-    base, chosen = metrics["base"], metrics["chosen"]
-    key, how = "latency_ms", "measured, interleaved"
-    if None in (base["latency_ms"], chosen["latency_ms"]):
-        key, how = "predicted_ms", "predicted from the latency table, not measured"
-    elif metrics["config"]["target"] != "local":
-        how = f"measured on {metrics['sums']['measured_on']['device']}"
-    return (f"The chosen net runs {base[key] / chosen[key]:.2f}x as fast as the base ({how}) "
-            f"at {chosen['psnr_db'] - base['psnr_db']:+.2f} dB; the base has "
-            f"{base['psnr_db'] - metrics['blurred']['psnr_db']:+.2f} dB over the blurred input.")
-
-
-def left_out(diverged):
-    """A paragraph on options that no configuration could take, if there are any."""
-    options = ", ".join(f"{k} at {site}" for site, k in diverged)
-    return [f"Left out of the search, as their surrogates diverged: option {options}."] if diverged else []
-
-
-def report_text(config, art):
-    """report.md: the run as a results section, its tables beside the paper's rows."""
-    metrics, names = art["evaluate"], [block.__name__ for block in blocks.BLOCKS]
-    parts = [
-        "# What did I gain", gain_words(metrics), gain_table(metrics),
-        f"{metrics['test_pairs']} test pairs ({config.data or 'made'}); frame {config.frame[0]}x{config.frame[1]}. "
-        f"{metrics['protocol']} Test images took no part in training, search or selection.",
-        "![samples](samples.png)",
-        *saliency_section(art["saliency"]), *latency_section(art["profile"], names), *front_section(config, art),
-        *nets_section(config, art),
-        *test_tables(metrics["tests"], {n: metrics[n]["gmacs"] for n in ("base", "chosen")}, config.frame),
-        *site_section(art, names), "## Do the sums hold?", *sums_text(metrics), *made_section(config, art)]
-    return "\n\n".join(parts) + "\n"
-
-
-def saliency_section(saliency):
-    """Table 1: this run's saliency per stage, then the published one."""
-    ranks, kept, scores = saliency["mean_ranks"], saliency["critical"], saliency["scores"]
-    first, second = sorted(ranks, key=ranks.get)[:2]
-    columns, *paper = PAPER_TABLE_1.items()
-    published = {measure: {stage: row[i] for stage, row in paper} for i, measure in enumerate(columns[1])}
-    return ["## Table 1: saliency per stage",
-            f"{first} has the best mean rank over the six measures, {ranks[first]:.2f}; next is {second}, {ranks[second]:.2f}. "
-            f"So {' '.join(kept)} stays as it is, and the other {len(saliency['sites'])} blocks are the sites of the search. "
-            "In the paper: enc3, 1.33; next is dec1, 3.83.",
-            stage_table("stage", scores, kept), stage_table("published", published, blocks.critical_stages(published))]
-
-
-def stage_table(title, scores, critical):
-    """Scores {measure: {site or stage: value}} summed over each stage's blocks, with the mean ranks -> Markdown."""
-    totals, ranks = blocks.stage_totals(scores).values(), blocks.mean_ranks(scores)
-    rows = [[stage + (" (critical)" if stage in critical else ""), *(f"{total[stage]:.4g}" for total in totals),
-             f"{ranks[stage]:.2f}"] for stage in next(iter(totals))]       # in forward order, which ranks is not
-    return markdown([title, *scores, "mean rank"], rows)
-
-
-def latency_section(table, names):
-    """Table 2: milliseconds of every option at every site, then the published row."""
-    sites, published = table["sites"], [f"{ms:.0f}" for ms in profile_device.PAPER_BLOCK_MS]
-    fastest = [min((k for k, ms in enumerate(row) if ms is not None), key=row.__getitem__) for row in sites.values()]
-    best = statistics.mode(fastest)
-    rows = [[site, *("unavailable" if ms is None else f"{ms:.2f}" for ms in row)] for site, row in sites.items()]
-    return ["## Table 2: latency of each option, ms",
-            f"{names[best]} is the fastest option at {fastest.count(best)} of {len(sites)} sites. {measured_on(table)}",
-            markdown(["site", *(f"{i} {n}" for i, n in enumerate(names))],
-                     [*rows, ["published, every site", *published, *[""] * len(names)][:len(names) + 1]])]
-
-
-def front_section(config, art):
-    """How the front came about, and why these candidates."""
-    found, table, diverged = art["search"], art["profile"], art["distill"]["diverged"]
-    penalty, rows = penalties(table, found["sites"], diverged), found["evaluations"]
-    scored = [search.evaluated(row["options"], row["loss_db"], penalty) for row in rows]
-    Y, ref = np.array([e[1:] for e in scored]), search.default_ref(scored, penalty)
-    below = dict(zip(found["front"], search.below_chord(Y[found["front"]])))
-    space, volume = math.prod(map(len, search.available(penalty))), search.hypervolume(Y, ref)
-    return ["## The front",
-            f"{len(rows)} of {space:,} configurations were scored; {len(found['front'])} are on the front. Hypervolume "
-            f"{volume:.3f}; its reference point: {ref[0]:.2f} dB, and {ref[1]:.2f} times the latency of the base net's blocks.",
-            *left_out(diverged), "![front](pareto.png)",
-            "The candidates are, of the front without the base, the configurations furthest below the chord between its ends, "
-            f"both axes scaled to 1; distances of candidate 1 and on: {', '.join(f'{below[i]:.2f}' for i in found['knee'])}. "
-            f"Picked after fine-tuning: the {config.pick}." if any(rows[found["knee"][0]]["options"]) else
-            "The base is alone on the front, so it is the one candidate: no configuration that was scored gains speed."]
-
-
-def nets_section(config, art):
-    """Table 3: base and every candidate before and after fine-tuning; figures on test for base and chosen; published rows."""
-    metrics, tuned, found = art["evaluate"], art["finetune"], art["search"]
-    rows = [["base", " ".join("0" for _ in found["sites"]), *test_cells(metrics["base"]),
-             f"{metrics['base']['predicted_ms']:.1f}", f"{found['base_val_db']:.2f}", ""]]
-    for n, candidate in enumerate(tuned["candidates"]):
-        chosen = n == tuned["picked"]
-        rows.append([f"candidate {n + 1}" + (" (chosen)" if chosen else ""), " ".join(map(str, candidate["options"])),
-                     *(test_cells(metrics["chosen"]) if chosen else [""] * 5), f"{candidate['latency_ms']:.1f}",
-                     f"{candidate['val_before_db']:.2f}", f"{candidate['val_after_db']:.2f}"])
-    published = [["NAFNet, published (GoPro, S24 Ultra)", "", "17.112", "107", "177", "35.80", "0.980", "", "", ""],
-                 ["Ours, published (GoPro, S24 Ultra)", "", "17.110", "106", "147", "33.76", "0.942", "", "", ""]]
-    gains = [row["val_after_db"] - row["val_before_db"] for row in tuned["candidates"]]
-    rest = ("Predicted are the blocks at the sites alone: there is no figure for the rest of the net."
-            if art["profile"]["rest_ms"] == 0 else
-            f"Predicted are the blocks at the sites plus {art['profile']['rest_ms']:.1f} ms for the rest of the net.")
-    return ["## Table 3: base, candidates and chosen net",
-            f"{config.finetune_steps} steps of fine-tuning change the candidates by {min(gains):+.2f} to {max(gains):+.2f} dB on "
-            "validation.",
-            markdown(["", "options", "params, M", "MB", "ms", "PSNR dB", "SSIM", "predicted ms", "validation dB", "fine-tuned"],
-                     [*rows, *published]),
-            f"Options in the order of the sites: {', '.join(found['sites'])}. PSNR and SSIM on test. {rest}"]
-
-
-def test_cells(m):
-    """Parameters, MB, measured ms, PSNR and SSIM of one net of `stage_evaluate`."""
-    return [f"{m['params'] / 1e6:.3f}", f"{m['mb']:.2f}", measured_ms(m), f"{m['psnr_db']:.2f}", f"{m['ssim']:.4f}"]
-
-
-def made_section(config, art):
-    """Base net, seed, and the versions in the artefacts; wall time of the stages as `note_seconds` wrote it, and the machine."""
-    made = {}
-    for name in STAGES.keys() & art.keys():
-        made.setdefault(", ".join(f"{k} {v}" for k, v in art[name]["versions"].items()), set()).add(name)
-    versions = [text if len(made) == 1 else f"{', '.join(n for n in STAGES if n in names)}: {text}"
-                for text, names in sorted(made.items())]
-    base = f"are those of {config.weights}" if config.weights else f"were trained in {config.base_steps} steps"
-    parts = ["## How this was made", f"The base net's weights {base}. Seed {config.seed}; {'; '.join(versions)}."]
-    if config.target == "paper":
-        return [*parts, "Wall times are left out: nothing that is measured enters a run with --target paper."]
-    rows = [[name, f"{note['seconds']:.1f}", note["device"], note.get("threads", ""), note["ranks"], note["date"]]
-            for name, note in art.get("seconds", {}).items() if name != "report"]
-    return [*parts, "Wall time of each stage before this report; one that was cut off and went on counts its last process alone.",
-            markdown(["stage", "seconds", "device", "threads", "ranks", "date"], rows)]
-
-
-def measured_on(table):
-    """What a latency table was measured on, and what the device had trouble with, as Markdown."""
-    where = ", ".join([f"{k} {table[k]}" for k in WHERE if k in table] + ["frame {}x{}".format(*table["frame"])])
-    return "\n".join([f"Latency from: {where}.", *(f"- {line}." for line in profile_device.remarks(table))])
-
-
-def sums_text(metrics):
-    """Predicted (the sum of the profiled blocks) against measured latency of whole nets, as paragraphs."""
-    sums = metrics["sums"]
-    if not sums["rows"]:
-        return ["No whole net was measured: the published table knows blocks only."]
-    tau = "" if sums["tau"] is None else f"Kendall's tau {sums['tau']:.2f}, "
-    drift = "" if sums["drift"] == 1 else (f" The base net took {sums['drift']:.2f} times what it took when its blocks were "
-                                           "profiled, in this machine's drift; predictions here are scaled by that.")
-    error = sums["mean_relative_error"]
-    error = "the base net alone was measured" if error is None else f"mean relative error {error:.1%}"
-    repeat = "" if sums.get("repeat_tau") is None else (
-        f" Two halves of the measurement itself agree to a tau of {sums['repeat_tau']:.2f}.")
-    return [f"{len(sums['rows'])} nets, of which the base is right by construction and does not count: {tau}{error}."
-            f"{repeat}{drift}",
-            measured_on(sums["measured_on"]),
-            markdown(["net", "predicted ms" + (" x drift" if sums["drift"] != 1 else ""), "measured ms", "error"],
-                     [[row["net"], f"{row['predicted_ms']:.1f}", f"{row['measured_ms']:.1f}",
-                       f"{row['predicted_ms'] / row['measured_ms'] - 1:+.1%}"] for row in sums["rows"]])]
-
-
-# Okabe & Ito's colours, apart for every kind of colour vision; shapes, dashes and lightness differ as well, for print.
-INK, GREY, SKY, BLUE, ORANGE = "#222222", "#b0b0b0", "#56b4e9", "#0072b2", "#d55e00"
-ZOOM = 4                                          # pictures are drawn four times as large as laid out, then halved
-
-
-class Plot(NamedTuple):
-    """A plot area: its pixel box (left, top, right, bottom) and the ranges of x and y that it shows."""
-    box: tuple
-    x: tuple
-    y: tuple
-
-    def at(self, row):
-        """Pixels of a configuration's (latency_ms, loss_db); y grows upwards."""
-        left, top, right, bottom = self.box
-        x, y = ((value - low) / (high - low) for value, (low, high) in
-                ((row["latency_ms"], self.x), (row["loss_db"], self.y)))
-        return left + x * (right - left), bottom - y * (bottom - top)
-
-
-def marker(draw, kind, x, y, size, colour):
-    """A dot, ring, square (hollow) or diamond of radius `size`, hollow in white, or a line in dashes of `size`."""
-    if kind == "line":
-        dashes(draw, [(x - 22 * ZOOM, y), (x + 22 * ZOOM, y)], size, colour)
-    elif kind in ("diamond", "hollow"):
-        fill, outline = (colour, "white") if kind == "diamond" else ("white", colour)
-        draw.regular_polygon((x, y, size), 4, 45, fill=fill, outline=outline, width=2 * ZOOM)
-    elif kind == "square":
-        draw.rectangle((x - size, y - size, x + size, y + size), "white", colour, 2 * ZOOM)
-    else:
-        draw.circle((x, y), size, None if kind == "ring" else colour, colour, 2 * ZOOM)
-
-
-def dashes(draw, points, dash, colour):
-    """A line through points, each right of, above or below the one before; dash: lengths on and off, width."""
-    on, off, width = (ZOOM * value for value in dash)
-    xy = np.array(points)
-    length = np.concatenate([[0], np.abs(np.diff(xy, axis=0)).sum(1).cumsum()])          # up to each point
-    for start in np.arange(0, length[-1], on + off):
-        end = min(start + on, length[-1])
-        stops = [start, *length[(length > start) & (length < end)], end]
-        draw.line([tuple(np.interp(stop, length, column) for column in xy.T) for stop in stops], colour, int(width), "curve")
-
-
-def ticks(low, high, most=6):
-    """Round numbers in [low, high], at most about `most`."""
-    raw = (high - low) / most
-    unit = 10 ** math.floor(math.log10(raw))
-    step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw)
-    return [i * step for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
-
-
-def draw_axes(draw, plot, x_label, y_label):
-    """Grid, numbers, frame and labels."""
-    left, top, right, bottom = plot.box
-    font, small = ImageFont.load_default(18 * ZOOM), ImageFont.load_default(15 * ZOOM)
-    for value in ticks(*plot.x):
-        x = plot.at({"latency_ms": value, "loss_db": 0})[0]
-        draw.line((x, top, x, bottom), fill="#eeeeee", width=ZOOM)
-        draw.text((x, bottom + 8 * ZOOM), f"{value:.7g}", INK, small, anchor="ma")
-    for value in ticks(*plot.y):
-        y = plot.at({"latency_ms": 0, "loss_db": value})[1]
-        draw.line((left, y, right, y), fill="#eeeeee", width=ZOOM)
-        draw.text((left - 8 * ZOOM, y), f"{value:.7g}", INK, small, anchor="rm")
-    draw.rectangle(plot.box, outline=INK, width=ZOOM)
-    draw.text(((left + right) / 2, bottom + 44 * ZOOM), x_label, INK, font, anchor="mm")
-    draw.text((left, top - 22 * ZOOM), y_label, INK, font, anchor="lm")
-
-
-def staircase(plot, members):
-    """Corner points of what a front (ascending in latency) dominates, from the top of the plot to its right side."""
-    corners, previous = [], plot.y[1]
-    for row in members:
-        corners += [{**row, "loss_db": previous}, row]
-        previous = row["loss_db"]
-    corners.append({"latency_ms": plot.x[1], "loss_db": previous})
-    return [plot.at(corner) for corner in corners]
-
-
-def plot_of(rows, losses):
-    """The Plot of all latencies of rows and the losses_db that must be seen, by whatever they are apart."""
-    xs = [row["latency_ms"] for row in rows]
-    low, high = min(0.0, *losses), max(1.5 * max(losses), 0.1)
-    x_margin, y_margin = 0.06 * max(np.ptp(xs), 0.1 * max(xs)), 0.08 * (high - low)
-    return Plot((80 * ZOOM, 45 * ZOOM, 868 * ZOOM, 500 * ZOOM), (min(xs) - x_margin, max(xs) + x_margin),
-                (low - y_margin, high))
-
-
-def pareto_picture(found, tuned):
-    """The search as a PIL image: PSNR loss over predicted latency; how its front grew, base, candidates, chosen."""
-    rows, picked = found["evaluations"], tuned["candidates"][tuned["picked"]]
-    after = {**picked, "loss_db": found["base_val_db"] - picked["val_after_db"]}
-    Y = np.array([(row["loss_db"], row["penalty"]) for row in rows])
-    design = min(len(rows), search.INITIAL + 2)
-    counts = sorted({design, (design + len(rows)) // 2, len(rows)})
-    fronts = [[rows[i] for i in front_of(Y[:n])] for n in counts]
-    plot = plot_of(rows, [row["loss_db"] for row in (*fronts[-1], after)])
-    below = [row for row in rows if row["loss_db"] <= plot.y[1]]
-    image = Image.new("RGB", (900 * ZOOM, 650 * ZOOM), "white")
-    draw, r = ImageDraw.Draw(image), 4 * ZOOM
-    draw_axes(draw, plot, "predicted latency of the whole net, ms", "PSNR loss on validation, dB, "
-              f"against the base net's {found['base_val_db']:.2f} dB (lower left is better)")
-    styles = list(zip(((2, 4, 2), (9, 5, 2.5), (1e6, 0, 2.5)), (SKY, BLUE, INK)))[-len(counts):]
-    groups = [("dot", GREY, 0.8 * r, f"scored ({len(rows) - len(below)} of {len(rows)} are above)", below),
-              *(("line", colour, dash, f"front after {n} scored", front)
-                for (dash, colour), n, front in zip(styles, counts, fronts)),
-              ("dot", INK, r, "final front", fronts[-1]), ("ring", INK, 3.4 * r, "knee candidates", tuned["candidates"]),
-              ("square", INK, 1.6 * r, "base net", rows[:1]),
-              ("diamond", ORANGE, 2.4 * r, "chosen, before fine-tuning", [picked]),
-              ("hollow", ORANGE, 2.4 * r, "chosen, after fine-tuning", [after])]
-    for kind, colour, size, _, members in groups:
-        if kind == "line":
-            dashes(draw, staircase(plot, [row for row in members if row["loss_db"] <= plot.y[1]]), size, colour)
-        for row in members if kind != "line" else ():
-            marker(draw, kind, *plot.at(row), size, colour)
-    draw_legend(draw, plot, groups)
-    draw_label(image, plot, picked, f"chosen\n{picked['latency_ms']:.1f} ms, {picked['loss_db']:.2f} dB\n"
-               f"fine-tuned: {after['loss_db']:.2f} dB")
-    draw_label(image, plot, rows[0], f"base\n{rows[0]['latency_ms']:.1f} ms, {rows[0]['loss_db']:.2f} dB")
-    return image.reduce(2)
-
-
-def draw_legend(draw, plot, groups):
-    """(kind, colour, size, label, members) groups below the axis, in three columns."""
-    (left, _, right, bottom), font = plot.box, ImageFont.load_default(15 * ZOOM)
-    for i, (kind, colour, size, label, _) in enumerate(groups):
-        x, y = left + (22 * ZOOM + i // 3 * (right - left) / 3), bottom + (84 + i % 3 * 26) * ZOOM
-        marker(draw, kind, x, y, size, colour)
-        draw.text((x + 30 * ZOOM, y), label, INK, font, anchor="lm")
-
-
-def draw_label(image, plot, row, text):
-    """Text beside a configuration, inside the plot, where it covers the least of what is drawn."""
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15 * ZOOM)
-    (x, y), (left, top, right, bottom) = plot.at(row), plot.box
-    pad = 6 * ZOOM
-    width, height = (side + 2 * pad for side in draw.textbbox((0, 0), text, font)[2:])
-    boxes = []
-    for gap in (8 * ZOOM, 18 * ZOOM, 34 * ZOOM, 58 * ZOOM):
-        for i, j in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1)):
-            x0 = np.clip(x + i * (width / 2 + gap) - width / 2, left + ZOOM, right - ZOOM - width)
-            y0 = np.clip(y + j * (height / 2 + gap) - height / 2, top + ZOOM, bottom - ZOOM - height)
-            boxes.append((int(x0), int(y0), int(x0 + width), int(y0 + height)))
-    best = min(boxes, key=lambda box: (np.asarray(image.crop(box).convert("L")) < 200).sum())
-    draw.text((best[0] + pad, best[1] + pad), text, INK, font, stroke_width=2 * ZOOM, stroke_fill="white")
-
-
-def samples_picture(pairs, base, chosen, device, count=4, side=224):
-    """A row per test pair: the blurred picture, and blurred, base, chosen and sharp crops of it, `side` pixels large."""
-    titles = ("whole picture, blurred", "blurred", "base net", "chosen net", "sharp")
-    picks = [load_pair(pairs[i]) for i in np.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().astype(int)]
-    gap, row_side = 12, side + 38
-    canvas = Image.new("RGB", (gap + 5 * (side + gap), 38 + len(picks) * row_side), "white")
-    draw, font, small = ImageDraw.Draw(canvas), ImageFont.load_default(18), ImageFont.load_default(15)
-    for column, title in enumerate(titles):
-        draw.text((gap + column * (side + gap) + side / 2, 20), title, INK, font, anchor="mm")
-    for line, (sharp, blur) in enumerate(picks):
-        target = as_batch([sharp], device)
-        images = [as_batch([blur], device), restore(base, blur, device), restore(chosen, blur, device), target]
-        window = worst_window(torch.cat(images).var(0).mean(0), min(128, (min(sharp.shape[-2:]) + 1) // 2))
-        parts = [image[..., window[0]:window[0] + window[2], window[1]:window[1] + window[2]] for image in images]
-        cells = [framed(images[0], window, side), *(enlarged(crop, side) for crop in parts)]
-        labels = ["PSNR, dB: whole (crop)", *(f"{psnr(image, target):.2f} ({psnr(crop, parts[3]):.2f})"
-                                               for image, crop in zip(images[:3], parts)), "reference"]
-        for column, (cell, label) in enumerate(zip(cells, labels)):
-            x, y = gap + column * (side + gap), 38 + line * row_side
-            canvas.paste(cell, (x + (side - cell.width) // 2, y + (side - cell.height) // 2))
-            draw.text((x + side / 2, y + side + 17), label, INK, small, anchor="mm")
-    return canvas
+def front_picture(found, finetune):
+    """The search as SVG text: loss over predicted latency; how the front grew, base, candidates, chosen."""
+    rows, picked = found["evaluations"], finetune["candidates"][finetune["picked"]]
+    at = lambda row: (row["latency_ms"], row["loss_db"])
+    tuned = (picked["latency_ms"], found["base_val_db"] - picked["val_after_db"])
+    design, Mark = min(len(rows), search.INITIAL + 2), search.Mark
+    return search.front_svg(
+        [at(row) for row in rows], sorted({design, (design + len(rows)) // 2, len(rows)}),
+        [Mark("ring", 13, search.INK, "knee candidates", [at(row) for row in finetune["candidates"]]),
+         Mark("square", 6, search.INK, "base net", [at(rows[0])],
+              "base\n{:.1f} ms, {:.2f} dB".format(*at(rows[0]))),
+         Mark("diamond", 9, search.ORANGE, "chosen, before fine-tuning", [at(picked)],
+              "chosen\n{:.1f} ms, {:.2f} dB\nfine-tuned: {:.2f} dB".format(*at(picked), tuned[1])),
+         Mark("hollow", 9, search.ORANGE, "chosen, after fine-tuning", [tuned])],
+        "predicted latency of the whole net, ms",
+        f"PSNR loss on validation, dB, against the base net's {found['base_val_db']:.2f} dB "
+        "(lower left is better)")
 
 
 def enlarged(image, side):
-    """(1, 3, H, W) in [0, 1] -> a PIL image whose longer side has `side` pixels."""
-    pixels = image[0].permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
+    """(3, H, W) in [0, 1] -> a PIL image whose longer side has `side` pixels."""
+    pixels = image.permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
     return ImageOps.contain(Image.fromarray(pixels), (side, side), Image.BICUBIC)
 
 
 def framed(image, window, side):
     """`enlarged`, with a frame around window (top, left, size)."""
     picture = enlarged(image, side)
-    scale = side / max(image.shape[-2:])
-    top, left, size = (round(scale * value) for value in window)
+    top, left, size = (round(side / max(image.shape[-2:]) * value) for value in window)
     size = max(size, 4)                           # of a very long picture
-    draw = ImageDraw.Draw(picture)
-    for out, colour in ((2, "white"), (0, INK)):
-        draw.rectangle((left - out, top - out, left + size - 1 + out, top + size - 1 + out), outline=colour, width=2)
+    for out, colour in ((2, "white"), (0, search.INK)):
+        box = (left - out, top - out, left + size - 1 + out, top + size - 1 + out)
+        ImageDraw.Draw(picture).rectangle(box, outline=colour, width=2)
     return picture
 
 
@@ -1701,47 +1630,57 @@ def worst_window(error, crop):
     return top, left, size
 
 
-def stage_report(config, pairs, art, device):
-    """Section III: report.md with all tables, pareto.png, samples.png.
+def samples_picture(pairs, base, chosen, device, count=4, side=224):
+    """A row per test pair: the blurred picture; blurred, base, chosen and sharp crops, `side` pixels each."""
+    titles = ("whole picture, blurred", "blurred", "base net", "chosen net", "sharp")
+    picks = np.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().astype(int)
+    gap, row_side = 12, side + 38
+    canvas = Image.new("RGB", (gap + 5 * (side + gap), 38 + len(picks) * row_side), "white")
+    draw, font, small = ImageDraw.Draw(canvas), ImageFont.load_default(18), ImageFont.load_default(15)
+    for column, title in enumerate(titles):
+        draw.text((gap + column * (side + gap) + side / 2, 20), title, search.INK, font, anchor="mm")
+    for line, (sharp, blur) in enumerate(load_pair(pairs[i]) for i in picks):
+        nets = [restore(net, [blur], device) for net in (base, chosen)]
+        images = [image[0] for image in (as_batch([blur], device), *nets, as_batch([sharp], device))]
+        window = worst_window(torch.stack(images).var(0).mean(0), min(128, (min(sharp.shape[-2:]) + 1) // 2))
+        top, left, size = window
+        parts = [image[:, top:top + size, left:left + size] for image in images]
+        cells = [framed(images[0], window, side), *(enlarged(part, side) for part in parts)]
+        labels = ["PSNR, dB: whole (crop)", *(f"{psnr(image, images[3]):.2f} ({psnr(part, parts[3]):.2f})"
+                                               for image, part in zip(images[:3], parts)), "reference"]
+        for column, (cell, label) in enumerate(zip(cells, labels)):
+            x, y = gap + column * (side + gap), 38 + line * row_side
+            canvas.paste(cell, (x + (side - cell.width) // 2, y + (side - cell.height) // 2))
+            draw.text((x + side / 2, y + side + 17), label, search.INK, small, anchor="mm")
+    return canvas
 
-    Returns {file name: bytes}.
-    """
-    nets = [as_scored(net, config) for net in (base_net(art, device), chosen_net(art, device))]
-    samples = samples_picture(pairs("test"), *nets, device)
-    return {"pareto.png": png(pareto_picture(art["search"], art["finetune"])), "samples.png": png(samples),
-            "report.md": report_text(config, art).encode()}
+
+def stage_report(job, base, saliency, profile, distill, search, finetune, evaluate):
+    """Section III: report.md with all tables, pareto.svg, samples.png -> {file name: bytes}."""
+    config = job.config
+    nets = [as_scored(net, config) for net in (base_net(base, job.device), chosen_net(finetune, job.device))]
+    stream, frame = io.BytesIO(), "{}x{}".format(*config.frame)
+    samples_picture(job.pairs("test"), *nets, job.device).save(stream, "PNG", dpi=(300, 300))
+    gmacs = {name: evaluate[name]["gmacs"] for name in ("base", "chosen")}
+    art = dict(base=base, saliency=saliency, profile=profile, distill=distill, search=search,
+               finetune=finetune,
+               evaluate=evaluate)
+    text = "\n\n".join([
+        "# What did I gain", gain_words(evaluate), gain_table(evaluate),
+        f"{evaluate['test_pairs']} test pairs ({config.data or 'made'}); frame {frame}. "
+        f"{evaluate['protocol']} "
+        "Test images took no part in training, search or selection.", "![samples](samples.png)",
+        *saliency_section(saliency), *latency_section(profile),
+        *front_section(search, distill["diverged"], config.pick),
+        *nets_section(evaluate, finetune, search, profile, config.finetune_steps),
+        *test_tables(evaluate["tests"], gmacs, config.frame),
+        *site_section(saliency, profile, search, finetune),
+        *sums_section(evaluate["sums"]), *made_section(config, art)]) + "\n"
+    return {"pareto.svg": front_picture(search, finetune).encode(), "samples.png": stream.getvalue(),
+            "report.md": text.encode()}
 
 
-def png(image):
-    stream = io.BytesIO()
-    image.save(stream, "PNG", dpi=(300, 300))
-    return stream.getvalue()
-
-
-# -------------------------------------------------------------------------- one photograph
-
-def deblur(net, image, device="cpu", tile=512, overlap=64):
-    """uint8 (3, H, W) of any size -> the same, restored; large images in overlapping tiles.
-
-    Tiles fade into one another over `overlap` pixels, so that nothing shows where they meet.
-    """
-    height, width = image.shape[-2:]
-    if height <= tile and width <= tile:
-        return (restore(net, image, device)[0] * 255).round().byte().cpu()
-    total, weight = torch.zeros(3, height, width), torch.zeros(height, width)
-    rows, cols = (tile_starts(side, tile, overlap) for side in (height, width))
-    fade = torch.minimum(torch.arange(1, tile + 1), torch.arange(tile, 0, -1)).clamp(max=overlap) / overlap
-    tick = progress("deblur", len(rows) * len(cols))
-    for i, top in enumerate(rows):
-        for j, left in enumerate(cols):
-            window = image[:, top:top + tile, left:left + tile]
-            share = fade[:window.shape[1], None] * fade[None, :window.shape[2]]
-            with torch.inference_mode():
-                total[:, top:top + tile, left:left + tile] += net(as_batch([window], device))[0].cpu() * share
-            weight[top:top + tile, left:left + tile] += share
-            tick(i * len(cols) + j + 1)
-    return (quantize(total / weight) * 255).round().byte()
-
+# ------------------------------------------------------- one photograph, one exported program
 
 def tile_starts(side, tile, overlap):
     """Where tiles begin along one axis; the last ends at the border."""
@@ -1750,275 +1689,184 @@ def tile_starts(side, tile, overlap):
     return [*range(0, side - tile, tile - overlap), side - tile]
 
 
+def deblur(net, image, device="cpu", tile=512, overlap=64):
+    """uint8 (3, H, W) of any size -> the same, restored; large images in overlapping tiles.
+
+    Tiles fade into one another over `overlap` pixels, so that nothing shows where they meet.
+    """
+    height, width = image.shape[-2:]
+    if height <= tile and width <= tile:
+        return (restore(net, [image], device)[0] * 255).round().byte().cpu()
+    total, weight = torch.zeros(3, height, width), torch.zeros(height, width)
+    rows, cols = (tile_starts(side, tile, overlap) for side in (height, width))
+    fade = torch.minimum(torch.arange(1, tile + 1), torch.arange(tile, 0, -1)).clamp(max=overlap) / overlap
+    tick = progress("deblur", len(rows) * len(cols))
+    for done, (top, left) in enumerate(itertools.product(rows, cols), start=1):
+        window = image[:, top:top + tile, left:left + tile]
+        share = fade[:window.shape[1], None] * fade[None, :window.shape[2]]
+        with torch.inference_mode():
+            total[:, top:top + tile, left:left + tile] += net(as_batch([window], device))[0].cpu() * share
+        weight[top:top + tile, left:left + tile] += share
+        tick(done)
+    return (quantize(total / weight) * 255).round().byte()
+
+
 def deblur_file(net, source, target, device):
     """Read a photograph, restore it, write it whole or not at all; PNG keeps an alpha channel."""
-    suffix = Path(target).suffix.lower()
+    suffix = target.suffix.lower()
     if suffix not in IMAGES:
         raise InputError(f"--output {target}: unknown kind of image; end it in .png or .jpg")
-    writable(Path(target).parent)
-    rgb = load_image(source)
-    with open_photo(source) as photo:
-        profile = photo.info.get("icc_profile") if photo.mode in ("RGB", "RGBA") else None
-        alpha = ImageOps.exif_transpose(photo).convert("RGBA").getchannel("A") if photo.has_transparency_data else None
+    writable(target.parent)
+
+    def extras(image):
+        profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA") else None
+        if not image.has_transparency_data:
+            return profile, None
+        return profile, ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+
+    rgb, (profile, alpha), stream = load_image(source), photo(source, extras), io.BytesIO()
     image = Image.fromarray(deblur(net, rgb, device).permute(1, 2, 0).numpy())
     if alpha is not None and suffix == ".png":
         image.putalpha(alpha)
-    stream = io.BytesIO()
     image.save(stream, Image.registered_extensions()[suffix], quality=95, icc_profile=profile)
-    write_file(Path(target), stream.getvalue())
+    write_file(target, stream.getvalue())
 
 
-# -------------------------------------------------------------------------------- artefacts
+def tuned_in(out, stage):
+    """The artefact of stage finetune in `out`, whatever its configuration, for `stage`."""
+    path = out / "finetuned.pt"
+    if not path.exists():
+        raise InputError(f"--stage {stage} needs {path}, which is not there: "
+                         f"run --stage all --out {out} first")
+    return loaded(path, {"stage": "finetune"})
+
+
+def run_deblur(source, target, out, device):
+    """Restore one photograph with the net that was made in `out`, whatever its configuration."""
+    if not source or not target:
+        raise InputError("--stage deblur needs --input PHOTO and --output FILE")
+    net = blocks.deploy(chosen_net(tuned_in(out, "deblur"), device))
+    deblur_file(net, Path(source), Path(target), device)
+    say(f"deblur: {target} written")
+
+
+def measured_card(out, tuned, frame):
+    """PSNR, and latency at `frame`, of the tuned net as stage evaluate found them; None where it did not."""
+    path, card = out / "metrics.json", dict.fromkeys(("psnr_db", "protocol", "latency_ms", "latency_on"))
+    metrics = loaded(path, {"stage": "evaluate"}) if path.exists() else {"inputs": {}}
+    if metrics["inputs"].get("finetuned.pt") != tuned["checksum"]:
+        say(f"export: {path} is missing or of another net, so the card holds no PSNR and latency: "
+            "run --stage evaluate first")
+        return card
+    card.update(psnr_db=metrics["chosen"]["psnr_db"], protocol=metrics["protocol"])
+    if frame == metrics["config"]["frame"] and metrics["chosen"]["latency_ms"] is not None:
+        card.update(latency_ms=metrics["chosen"]["latency_ms"], latency_on=metrics["sums"]["measured_on"])
+    return card
+
+
+def run_export(out, frame=None):
+    """Write the net made in `out` as deblur.pt2, a torch.export program for one frame size, and its card.
+
+    frame: (H, W) in pixels; default, the size that was profiled.
+    """
+    tuned = tuned_in(out, "export")
+    height, width = frame or tuned["config"].get("frame")
+    program = profile_device.exported(blocks.deploy(chosen_net(tuned)), (1, 3, height, width))
+    stream = io.BytesIO()
+    torch.export.save(program, stream)
+    card = {"input": program.graph_signature.user_inputs[0], "shape": [1, 3, height, width], "layout": "NCHW",
+            "dtype": "float32", "range": [0, 1], "channel_order": "RGB",
+            "output": "as the input; clamp it to [0, 1]",
+            "arch": tuned["arch"], "choice": tuned["choice"], **measured_card(out, tuned, [height, width]),
+            "licence": "MIT", "seed": tuned["seed"], "versions": {"torch": str(torch.__version__)}}
+    write_file(out / "deblur.pt2", stream.getvalue())
+    write_file(out / "deblur.json", (json.dumps(card, indent=1) + "\n").encode())
+    say(f"export: {out / 'deblur.pt2'} and deblur.json written, for frames of {height}x{width}")
+
+
+# -------------------------------------------------------------------------------- running the stages
 
 class Stage(NamedTuple):
-    """One stage: its function, artefact, the stages whose artefacts it reads, the flags it depends on."""
+    """One stage: its function, whose parameters after `job` are what it reads; its file; shared by ranks?"""
     function: object
-    artefact: str
-    needs: tuple
-    knobs: tuple
+    file: str
+    shared: bool = False
+
+    @property
+    def needs(self):
+        return self.function.__code__.co_varnames[1:self.function.__code__.co_argcount]
 
 
-DATA = ("seed", "data", "few", "made_train", "made_test", "made_size", "val_pairs")
-STAGES = {
-    "base": Stage(stage_base, "base.pt", (), DATA + ("weights", "width", "enc", "middle", "dec", "crop", "batch",
-                                                     "base_steps", "base_lr", "amp")),
-    "saliency": Stage(stage_saliency, "saliency.json", ("base",), ()),
-    "profile": Stage(stage_profile, "profile.json", ("base", "saliency"),
-                     ("frame", "target", "hub_device", "hub_runtime")),
-    "distill": Stage(stage_distill, "surrogates.pt", ("base", "saliency"),
-                     ("distill_share", "distill_steps", "distill_lr", "amp")),
-    "search": Stage(stage_search, "search.json", ("base", "saliency", "profile", "distill"), ("evaluations", "candidates")),
-    "finetune": Stage(stage_finetune, "finetuned.pt", ("base", "distill", "search"),
-                      ("from_", "finetune_steps", "finetune_lr", "pick", "amp")),
-    "evaluate": Stage(stage_evaluate, "metrics.json", ("base", "profile", "finetune"), ("test", "tlc")),
-    "report": Stage(stage_report, "report.md",
-                    ("base", "saliency", "profile", "distill", "search", "finetune", "evaluate"), ()),
-}
-SHARED = ("base", "distill", "search", "finetune")      # the stages that all ranks work on; rank 0 does the others
-ADAPT = Stage(stage_adapt, "finetuned.pt", (), DATA + ("from_", "test", "tlc", "crop", "batch", "frame",
-                                                       "finetune_steps", "finetune_lr", "amp"))
+STAGES = {"base": Stage(stage_base, "base.pt", True),
+          "saliency": Stage(stage_saliency, "saliency.json"),
+          "profile": Stage(stage_profile, "profile.json"),
+          "distill": Stage(stage_distill, "surrogates.pt", True),
+          "search": Stage(stage_search, "search.json", True),
+          "finetune": Stage(stage_finetune, "finetuned.pt", True),
+          "evaluate": Stage(stage_evaluate, "metrics.json"),
+          "report": Stage(stage_report, "report.md")}
+ADAPT = Stage(stage_adapt, "finetuned.pt", True)         # the form that finetune has with --from
 
 
 def stage_of(config, name):
-    """The stage of that name; finetune has another form with --from."""
     return ADAPT if config.from_ and name == "finetune" else STAGES[name]
 
 
 def relevant(config, name):
-    """{flag name: value} of everything that the artefact of stage `name` depends on."""
+    """{configuration entry: value} of everything that the artefact of stage `name` depends on."""
     stage = stage_of(config, name)
-    knobs = set(stage.knobs).union(*(relevant(config, need) for need in stage.needs))
-    if config.target != "qai-hub":
-        knobs -= {"hub_device", "hub_runtime"}
-    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)
-            if field.name in knobs}
+    keys = {"adapt", "data"} if stage is ADAPT else {"base", "data"} if name == "base" else {name}
+    found = {key: value for need in stage.needs for key, value in relevant(config, need).items()}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if keys & set(field.metadata["stages"]) and (config.target == "qai-hub" or "hub" not in field.name):
+            found[field.name] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
-def plain(value):
-    return list(value) if isinstance(value, tuple) else value
+def header(config, name, art):
+    """What an artefact of stage `name` says of itself: what made it, and from what.
 
-
-def described(config, name, payload):
-    """An artefact: what it holds, and the configuration and versions that made it."""
-    return {"stage": name, "config": relevant(config, name), "seed": config.seed, "versions": {
-        "torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}, **payload}
-
-
-def save_artefact(path, content):
-    """Write one artefact, JSON or torch by its extension, whole or not at all."""
-    if path.suffix == ".json":
-        return write_file(path, (json.dumps(content, indent=1) + "\n").encode())
-    stream = io.BytesIO()
-    torch.save(content, stream)
-    write_file(path, stream.getvalue())
-
-
-def write_file(path, content):
-    """Bytes to a temporary name, then renamed: readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_torch(path, remedy):
-    """Tensors and plain values from a file, never code; InputError if it is not such a file or is damaged."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():             # torch itself looks at no checksum
-                    raise ValueError("checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"no file {path}: {remedy}") from None
-    except Exception as error:                    # torch raises many kinds on bytes that are not its own
-        raise InputError(f"{path} is damaged or no checkpoint of tensors ({type(error).__name__}): {remedy}") from None
-
-
-def load_json(path, remedy):
-    """What a JSON file holds; InputError if it is none."""
-    try:
-        return json.loads(path.read_text())
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is damaged or no JSON: {remedy}") from None
-
-
-def checksum(content):
-    """Of a JSON artefact: what is in it besides its own "crc32"."""
-    return zlib.crc32(json.dumps({k: v for k, v in content.items() if k != "crc32"}).encode())
-
-
-def load_artefact(path, name, config):
-    """The artefact of stage `name`, checked to be ours and of this configuration."""
-    remedy = f"delete it and run --stage {name}"
-    content = load_json(path, remedy) if path.suffix == ".json" else load_torch(path, remedy)
-    if not isinstance(content, dict) or content.get("stage") != name or not isinstance(content.get("config"), dict):
-        raise InputError(f"{path} is not an artefact of stage {name}: {remedy}")
-    for key, value in relevant(config, name).items():
-        if content["config"].get(key) != value:
-            raise InputError(f"{path} was made with {flag(key)} {shown(content['config'].get(key))}, not {shown(value)}: "
-                             "give that, another --out, or delete it")
-    if path.suffix == ".json" and content.get("crc32") != checksum(content):
-        say(f"{name}: {path} was changed after it was written; it is used as it is")
-    return content
-
-
-def shown(value):
-    return " ".join(map(str, value)) if isinstance(value, list) else repr(value) if value == "" else str(value)
-
-
-# -------------------------------------------------------------------------------- progress
-
-def progress(label, total, begun=0):
-    """A function (done, note) that keeps one live line of at most 79 columns on a terminal, and at most five lines in a log.
-
-    begun: how many were done before, in another process.
+    art {need: artefact}; the file behind --weights or --from counts as well, where it is there.
     """
-    started, live, said = time.perf_counter(), sys.stderr.isatty(), [0.0]
-
-    def tick(done, note=""):
-        now = time.perf_counter()
-        if done < total and (now - said[0] < 0.2 if live else done % -(-total // 5)):
-            return
-        said[0] = now
-        spent = max(now - started, 1e-9) / (done - begun)                # seconds apiece
-        line = f"{label}: {done}/{total}, {1 / spent:.1f}/s, {spent * (total - done):.0f} s left {note}".rstrip()
-        print(f"{line[:79]:<79}" if live else line, end="\r" if live and done < total else "\n", file=sys.stderr, flush=True)
-
-    return tick
+    file = Path(config.weights if name == "base" else config.from_)
+    inputs = {STAGES[need].file: content["checksum"] for need, content in art.items()}
+    if name in ("base", "finetune") and file.is_file():
+        inputs[str(file)] = zlib.crc32(file.read_bytes())
+    options = [block.__name__ for block in blocks.BLOCKS]
+    options = {} if name in ("base", "saliency") else {"options": options}
+    return {"stage": name, "config": relevant(config, name), "seed": config.seed, "inputs": inputs, **options,
+            "versions": {"torch": str(torch.__version__), "numpy": np.__version__,
+                         "python": platform.python_version()}}
 
 
-def say(line):
-    print(line, file=sys.stderr, flush=True)
+def current(out, config, name, known, asked_by):
+    """The artefact of stage `name`, fit for this run, and so is what it was made from, where that is there.
 
-
-# ---------------------------------------------------------------------------- command line
-
-def run(config, stage, out, device="cpu", force=False):
-    """Run one stage, or "all" in order, in folder `out`; what is there and matches is reused.
-
-    force: latencies are measured anew, with new AI Hub jobs, and what depends on them in "all" is redone.
-    Of several ranks all work on the stages in SHARED; rank 0 alone does the others, reads, writes and prints.
+    known {name: artefact}: those found so before; added to.
     """
-    out, redone = Path(out), set()
-    hub = {"device": config.hub_device, "runtime": config.hub_runtime, "jobs": out / "profile_jobs.json"}
-    pairs = functools.cache(lambda split: training_pairs(config) if split == "train" else split_pairs(config, split))
-    wanted = list(STAGES) if stage == "all" else [stage]
-    if config.from_ and stage != "finetune":
-        raise InputError(f"--from {config.from_} goes with --stage finetune, not {stage}")
-    if stage == "all":                                    # what is wrong with data is better known at once
-        agreed(lambda: (config.data and [pairs(split) for split in ("train", "test")], named_pairs(config)))
-    first(lambda: clean(out))
-    for name in wanted:
-        path = out / STAGES[name].artefact
-        anew = force and name == ("evaluate" if stage == "evaluate" else "profile")
-        stale = anew or not redone.isdisjoint(STAGES[name].needs)
-        art = first(lambda: prepared(config, name, out, device, stale))
-        if art is None:
-            continue
-        redone.update([name] if stale else [])
-        started, function = time.perf_counter(), stage_of(config, name).function
-        whole = {**art, "part": unfinished(config, name, path, art), "hub": {**hub, "force": anew},
-                 "seconds": first(lambda: noted_seconds(out))}
-        payload = agreed(lambda: unless_altered(lambda: function(config, pairs, whole, device), art)
-                         if name in SHARED or rank() == 0 else None)
-        first(lambda: finish(config, name, out, payload))
-        spent = time.perf_counter() - started
-        first(lambda: note_seconds(config, name, out, device, spent))
-        say(f"{name}: {path} written, {spent:.1f} s")
-    first(lambda: conclude(config, wanted[-1], out))
+    path, stage = out / STAGES[name].file, stage_of(config, name)
+    if not path.exists():
+        raise InputError(f"stage {asked_by} needs {path}, which is not there: "
+                         f"run --stage {name} --out {out} first")
+    if name not in known:
+        art = {need: current(out, config, need, known, name) for need in stage.needs
+               if (out / STAGES[need].file).exists()}
+        try:
+            known[name] = loaded(path, header(config, name, art))
+        except Stale as why:
+            raise InputError(f"{why}: --stage {name} makes it anew, --stage all what follows too") from None
+    return known[name]
 
 
-def prepared(config, name, out, device, stale):
-    """What stage `name` reads, {stage: artefact}; None if its own artefact is there and matches."""
-    path = out / STAGES[name].artefact
-    if name != "report" and path.exists() and not stale:
-        same_machine(name, load_artefact(path, name, config), path, config, device)
-        discard(path)
-        say(f"{name}: {path} matches and is reused")
-        return None
-    art = {need: earlier(out, need, config, name) for need in stage_of(config, name).needs}
-    if name == "evaluate":
-        same_machine("profile", art["profile"], out / STAGES["profile"].artefact, config, device)
-    return art
-
-
-def unfinished(config, name, path, art):
-    """The Part of the stage whose artefact is `path`; on the ranks that read no files, a name alone."""
-    inputs = {need: zlib.crc32((path.parent / STAGES[need].artefact).read_bytes()) for need in art if rank() == 0}
-    return Part(path.with_suffix(".part"), name, config, inputs)
-
-
-def unless_altered(call, art):
-    """call(); InputError if that fails and one of {stage: artefact} that it reads is not as it was written."""
-    try:
-        return call()
-    except (InputError, profile_device.HubError, OSError):
-        raise
-    except Exception:
-        for name, content in art.items():
-            if STAGES[name].artefact.endswith(".json") and content.get("crc32") != checksum(content):
-                raise InputError(f"{STAGES[name].artefact} was changed after it was written and cannot be used: "
-                                 f"delete it and run --stage {name}") from None
-        raise
-
-
-def finish(config, name, out, payload):
-    """Write what a stage made, and remove what it kept on the way."""
-    path = out / STAGES[name].artefact
-    if name == "report":
-        for file, content in payload.items():
-            write_file(out / file, content)
-        return
-    content = described(config, name, payload)
-    if path.suffix == ".json":
-        content = json.loads(json.dumps(content))
-        content["crc32"] = checksum(content)
-    save_artefact(path, content)
-    discard(path)
-
-
-def note_seconds(config, name, out, device, seconds):
-    """Add a stage's wall time to seconds.json, apart from the artefacts: these are the same from run to run."""
-    if config.target != "paper":
-        note = {"seconds": seconds, **profile_device.machine(device), "ranks": world()}
-        save_artefact(out / "seconds.json", {**noted_seconds(out), name: note})
-
-
-def noted_seconds(out):
-    """What `note_seconds` wrote, {stage: note} in the order of the stages; {} where that is missing or damaged."""
-    try:
-        notes = json.loads((out / "seconds.json").read_text())
-        return {name: {**notes[name], "seconds": float(notes[name]["seconds"])} for name in STAGES
-                if notes.get(name, {}).keys() >= {"seconds", "device", "ranks", "date"}}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
+def same_machine(path, table, config, device):
+    """Refuse a local latency table that was measured with another device or number of threads."""
+    here = profile_device.machine(device) if config.target == "local" else table
+    remedies = {"device": "that machine and --device", "threads": f"--threads {table.get('threads')}"}
+    for key, remedy in remedies.items():
+        if table.get(key) != here.get(key):
+            raise InputError(f"{path} was measured with {key} {table.get(key)}, not {here.get(key)}: "
+                             f"give {remedy}, or --stage all --force to measure anew")
 
 
 def discard(path):
@@ -2027,23 +1875,88 @@ def discard(path):
         part.unlink()
 
 
+def prepared(config, name, out, device, known, anew):
+    """What stage `name` reads, {need: artefact}; None where its own artefact is there and fits."""
+    path = out / STAGES[name].file
+    art = {need: current(out, config, need, known, name) for need in stage_of(config, name).needs}
+    if path.exists() and name != "report" and not anew:
+        try:
+            known[name] = loaded(path, header(config, name, art))
+            if name == "profile":
+                same_machine(path, known[name], config, device)
+            discard(path)
+            return say(f"{name}: {path} matches and is reused")
+        except Stale as why:
+            say(f"{name}: {why}, so it is made anew")
+    if name == "evaluate":
+        same_machine(out / "profile.json", art["profile"], config, device)
+    return art
+
+
+def finish(job, name, payload):
+    """Write what a stage made, and remove what it kept on the way -> the artefact, read again."""
+    path = job.out / STAGES[name].file
+    if name != "report":
+        saved(path, payload, job.head)
+        discard(path)
+        return loaded(path, job.head)
+    for file, content in payload.items():
+        write_file(job.out / file, content)
+
+
 def clean(out):
     """Remove what a run that was killed while it wrote a file left of it."""
-    for path in out.iterdir() if out.exists() else ():
-        if re.fullmatch(r"(\.[\w.]+\.(pt|pt2|json|md|png|part)|profile_jobs\.json)\.\d+", path.name):
+    for path in out.iterdir():
+        if re.fullmatch(r"(\.[\w.]+\.(pt|pt2|json|md|svg|png|part)|profile_jobs\.json)\.\d+", path.name):
             path.unlink(missing_ok=True)
 
 
-def conclude(config, last, out):
+def take_lock(path):
+    """The open file `path`, locked for this process until it is closed or the process ends, in any way."""
+    while True:
+        file = open(path, "a+")
+        try:
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            with file:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+            raise InputError(f"{path.parent} is in use by {holder}: "
+                             "wait for it, end it, or give another --out") from None
+        except OSError as error:                          # some network folders have no locks
+            say(f"{path.parent} cannot be locked ({error.strerror}): let nothing else write there meanwhile")
+        with contextlib.suppress(FileNotFoundError):      # its holder may have removed it in the meantime
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}")
+                file.flush()
+                return file
+        file.close()
+
+
+@contextlib.contextmanager
+def held(out):
+    """Folder `out`, written by this run alone."""
+    files = []
+    first(lambda: (writable(out), files.append(take_lock(out / ".lock")), clean(out)) and None)
+    try:
+        yield
+    finally:
+        for file in files:
+            (out / ".lock").unlink(missing_ok=True)
+            file.close()
+
+
+def conclude(config, last, out, known):
     """Print what was gained, where everything is, and what to try next."""
     if last in ("evaluate", "report"):
-        metrics = earlier(out, "evaluate", config, "report")
-        parts = unless_altered(lambda: [
-            gain_table(metrics), gain_words(metrics),
-            *test_tables(metrics["tests"], {n: metrics[n]["gmacs"] for n in ("base", "chosen")}, config.frame)],
-            {"evaluate": metrics})
+        metrics = current(out, config, "evaluate", known, "report")
+        gmacs = {name: metrics[name]["gmacs"] for name in ("base", "chosen")}
+        parts = [gain_table(metrics), gain_words(metrics),
+                 *test_tables(metrics["tests"], gmacs, config.frame)]
     elif last == "finetune" and config.from_:
-        text = adapted_text(config, earlier(out, "finetune", config, "finetune"))
+        text = adapted_text(config, current(out, config, "finetune", known, "finetune"))
         write_file(out / "report.md", text.encode())
         parts = [text.strip()]
     else:
@@ -2052,81 +1965,38 @@ def conclude(config, last, out):
           f"  python hwdeblur.py --stage deblur --out {out} --input photo.jpg --output sharp.png")
 
 
-def same_machine(name, table, path, config, device):
-    """Refuse a local latency table that was measured with another device or number of threads."""
-    if name != "profile" or config.target != "local":
-        return
-    here = profile_device.machine(device)
-    for key, remedy in (("device", "that machine and --device"), ("threads", f"--threads {table.get('threads')}")):
-        if table.get(key) != here.get(key):
-            raise InputError(f"{path} was measured with {key} {table.get(key)}, not {here.get(key)}: give {remedy}, "
-                             "or --stage all --force to measure anew")
+def run(config, stage, out, device="cpu", force=False):
+    """Run one stage, or "all" in order, in folder `out`; what is there and fits is reused.
 
-
-def earlier(out, name, config, wanted_by):
-    """The artefact that a later stage reads, or the command that makes it."""
-    path = out / STAGES[name].artefact
-    if not path.exists():
-        raise InputError(f"stage {wanted_by} needs {path}, which is not there: run --stage {name} --out {out} first")
-    return load_artefact(path, name, config)
-
-
-def run_deblur(source, target, out, device):
-    """Restore one photograph with the net that was made in `out`, whatever its configuration."""
-    if not source or not target:
-        raise InputError("--stage deblur needs --input PHOTO and --output FILE")
-    deblur_file(blocks.deploy(chosen_net({"finetune": finetuned(out, "deblur")}, device)), source, target, device)
-    say(f"deblur: {target} written")
-
-
-def finetuned(out, stage):
-    """The artefact of stage finetune in `out`, whatever its configuration, for `stage`."""
-    path = Path(out) / STAGES["finetune"].artefact
-    if not path.exists():
-        raise InputError(f"--stage {stage} needs {path}, which is not there: run --stage all --out {out} first")
-    return load_tuned(path)
-
-
-def run_export(out, frame=None):
-    """Write the net made in `out` as deblur.pt2, a torch.export program for one frame size, and its card.
-
-    frame: (H, W) in pixels; default, the size that was profiled.
+    What was made from something else than is there now is made anew, which a line says. force: latencies are
+    measured anew, with new AI Hub jobs. Of several ranks all work on the stages that are shared; rank 0 alone
+    does the others, reads, writes and prints.
     """
-    tuned = finetuned(out, "export")
-    frame = frame or tuned["config"].get("frame")
-    if frame is None:
-        raise InputError(f"--stage export: the run in {out} profiled no frame size: give one, say --frame 256")
-    height, width = frame
-    net = blocks.deploy(chosen_net({"finetune": tuned}))
-    program, stream = profile_device.exported(net, (1, 3, height, width)), io.BytesIO()
-    torch.export.save(program, stream)
-    card = {"input": program.graph_signature.user_inputs[0], "shape": [1, 3, height, width], "layout": "NCHW",
-            "dtype": "float32", "range": [0, 1], "channel_order": "RGB", "output": "as the input; clamp it to [0, 1]",
-            "arch": tuned["arch"], "choice": tuned["choice"], **measured_card(out, tuned, [height, width]),
-            "licence": "MIT", "seed": tuned["seed"], "versions": {"torch": str(torch.__version__)}}
-    write_file(Path(out) / "deblur.pt2", stream.getvalue())
-    save_artefact(Path(out) / "deblur.json", card)
-    say(f"export: {Path(out) / 'deblur.pt2'} and deblur.json written, for frames of {height}x{width}")
+    out, known = Path(out), {}
+    pairs_of = {"train": training_pairs, "val": split_pairs, "test": split_pairs}
+    pairs = functools.cache(lambda split: pairs_of[split](config, split))
+    if config.from_ and stage != "finetune":
+        raise InputError(f"--from {config.from_} goes with --stage finetune, not {stage}")
+    if stage == "all":                                    # what is wrong with data is better known at once
+        agreed(lambda: (config.data and [pairs(split) for split in ("train", "test")], named_pairs(config)))
+    with held(out):
+        for name in STAGES if stage == "all" else [stage]:
+            begun, each = time.monotonic(), stage_of(config, name)
+            anew = force and name == ("evaluate" if stage == "evaluate" else "profile")
+            art = agreed(lambda: None if rank() else prepared(config, name, out, device, known, anew))
+            if not anywhere(art is not None):
+                continue                                  # it is there and fits
+            if each.shared:
+                art = first(lambda: art)
+            if each.shared or rank() == 0:
+                job = Job(config, pairs, device, out, header(config, name, art), anew)
+            payload = agreed(lambda: each.function(job, **art) if each.shared or rank() == 0 else None)
+            agreed(lambda: rank() or known.update({name: finish(job, name, payload)}))
+            say(f"{name}: {out / each.file} written, {time.monotonic() - begun:.1f} s")
+        agreed(lambda: rank() or conclude(config, name, out, known))
 
 
-def measured_card(out, tuned, frame):
-    """PSNR, and latency at `frame`, of the tuned net as stage evaluate found them; None where it did not."""
-    path = Path(out) / STAGES["evaluate"].artefact
-    blank = {"psnr_db": None, "protocol": None, "latency_ms": None, "latency_on": None}
-    if not path.exists():
-        say(f"export: no {path}, so the card holds no PSNR and latency: run --stage evaluate first")
-        return blank
-    metrics = load_json(path, "delete it and run --stage evaluate")
-    if not isinstance(metrics, dict) or not isinstance(metrics.get("config"), dict) or not (
-            tuned["config"].items() <= metrics["config"].items()):
-        say(f"export: {path} is of another run, so the card holds no PSNR and latency: delete it, run --stage evaluate")
-        return blank
-    return unless_altered(lambda: {
-        "psnr_db": metrics["chosen"]["psnr_db"], "protocol": metrics["protocol"],
-        **({"latency_ms": metrics["chosen"]["latency_ms"], "latency_on": metrics["sums"]["measured_on"]}
-           if frame == metrics["config"].get("frame") and metrics["chosen"]["latency_ms"] is not None
-           else {"latency_ms": None, "latency_on": None})}, {"evaluate": metrics})
-
+# ------------------------------------------------------------------------------------- command line
 
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line."""
@@ -2140,13 +2010,13 @@ def sides(text):
     values = tuple(int(v) for v in text.lower().split("x"))
     if len(values) not in (1, 2):
         raise ValueError(text)
-    return values * (3 - len(values)) if len(values) == 1 else values
+    return values * (3 - len(values))
 
 
 def stage_lines():
     """{what --stage takes: what it does, in one line}, in order."""
     return {**{name: stage.function.__doc__.splitlines()[0] for name, stage in STAGES.items()},
-            "all": "These, in order; what is there and matches is reused.",
+            "all": "These, in order; what is there and fits is reused.",
             "deblur": "Restore the photograph --input into --output with the net in --out.",
             "export": "Write that net as deblur.pt2, a torch.export program, and its card deblur.json."}
 
@@ -2155,47 +2025,38 @@ def listed_stages():
     return "\n".join(f"  {name:<10}{line}" for name, line in stage_lines().items())
 
 
-def sections():
-    """{configuration entry: its heading in the help}: the first stage that depends on it, if one does."""
-    found = {field.name: "any stage" for field in dataclasses.fields(Config)}
-    for name, stage in reversed(STAGES.items()):
-        found.update(dict.fromkeys(stage.knobs, f"stage {name}"))
-    return {**found, **dict.fromkeys(DATA, "data"), "seed": "any stage"}
-
-
-def help_line(field):
-    """What a configuration entry is; in brackets its default and unit, and the paper preset's where that differs."""
-    def text(value):
-        return "x".join(map(str, value)) if field.name == "frame" else shown(plain(value)).strip("'") or "none"
-    default = f"{text(field.default)} {field.metadata['unit']}".strip()
-    paper = f"; paper: {text(PRESETS['paper'][field.name])}" if field.name in PRESETS["paper"] else ""
-    return f"{field.metadata['help']} [{'off' if field.default is False else default}{paper}]"
-
-
 def argument(field):
-    """argparse's description of a configuration entry."""
-    about = dict(dest=field.name, default=argparse.SUPPRESS, help=help_line(field))
+    """argparse's description of a configuration entry; in brackets its defaults, demo and paper."""
+    def text(value):
+        return "x".join(map(str, value)) if field.name == "frame" else shown(value).strip("'") or "none"
+
+    about, many = field.metadata, isinstance(field.default, tuple)
+    default = "off" if field.default is False else f"{text(field.default)} {about['unit']}".strip()
+    paper = f"; paper: {text(PRESETS['paper'][field.name])}" if field.name in PRESETS["paper"] else ""
+    common = dict(dest=field.name, default=argparse.SUPPRESS, help=f"{about['help']} [{default}{paper}]")
     if field.default is False:
-        return dict(about, action="store_true")
+        return dict(common, action="store_true")
     if field.name == "test":
-        return dict(about, action="append", metavar="NAME=PATH")
+        return dict(common, action="append", metavar="NAME=PATH")
     if field.name == "frame":
-        return dict(about, type=sides, metavar="HxW")
-    if field.name in CHOICES:
-        return dict(about, choices=CHOICES[field.name])
-    many = isinstance(field.default, tuple)
+        return dict(common, type=sides, metavar="HxW")
+    if about["choices"]:
+        return dict(common, choices=about["choices"])
     kind = int if many else type(field.default)
-    return dict(about, type=kind, nargs="+" if many else None, metavar={int: "N", float: "X", str: "TEXT"}[kind])
+    return dict(common, type=kind, nargs="+" if many else None,
+                metavar={int: "N", float: "X", str: "TEXT"}[kind])
 
 
 def parser():
     """The command line, one flag per configuration entry, grouped by stage."""
-    p = Parser(allow_abbrev=False, add_help=False, usage="python hwdeblur.py --stage STAGE [--out FOLDER] [flags]",
+    p = Parser(allow_abbrev=False, add_help=False,
+               usage="python hwdeblur.py --stage STAGE [--out FOLDER] [flags]",
                formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28),
                description="The stages, in order:\n" + listed_stages(),
                epilog="In brackets: the default and its unit, and that of --preset paper where it differs.")
-    groups = {title: p.add_argument_group(title) for title in ("any stage", "data", *(f"stage {name}" for name in stage_lines()))}
-    add = groups["any stage"].add_argument
+    groups = {"any": p.add_argument_group("any stage"), "data": p.add_argument_group("data"),
+              **{name: p.add_argument_group(f"stage {name}") for name in stage_lines()}}
+    add = groups["any"].add_argument
     add("-h", "--help", action="help", help="print this")
     add("--stage", nargs="?", const=True, choices=list(stage_lines()), metavar="STAGE",
         help="one of the above; without a value, list them")
@@ -2204,11 +2065,11 @@ def parser():
     add("--device", default="cpu", help="torch device, say cuda [cpu]")
     add("--threads", type=int, metavar="N", help="CPU threads [torch's own choice]")
     add("--force", action="store_true", help="measure latency anew, with new AI Hub jobs [off]")
-    groups["stage deblur"].add_argument("--input", metavar="PHOTO", help="a photograph")
-    groups["stage deblur"].add_argument("--output", metavar="FILE", help="where the restored one goes, .png or .jpg")
-    headings = sections()
+    groups["deblur"].add_argument("--input", metavar="PHOTO", help="a photograph")
+    groups["deblur"].add_argument("--output", metavar="FILE",
+                                  help="where the restored one goes, .png or .jpg")
     for field in dataclasses.fields(Config):
-        groups[headings[field.name]].add_argument(flag(field.name), **argument(field))
+        groups[field.metadata["stages"][0]].add_argument(flag(field.name), **argument(field))
     return p
 
 
@@ -2221,6 +2082,28 @@ def configuration(args):
     return config
 
 
+def usable(device):
+    """Refuse a device that is not to be had."""
+    try:
+        torch.ones(1, device=device).item()
+        if torch.device(device).index is not None and torch.device(device).type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError, NotImplementedError, AttributeError) as error:
+        raise InputError(f"--device {device} is not to be had here ({first_line(error)})") from None
+
+
+def obey(args, config, out, device):
+    """Do what the command line asks for."""
+    agreed(lambda: usable(device))
+    if args.stage == "deblur":
+        first(lambda: run_deblur(args.input, args.output, out, device))
+    elif args.stage == "export":
+        with held(out):
+            first(lambda: run_export(out, getattr(args, "frame", None)))
+    else:
+        run(config, args.stage, out, device, args.force)
+
+
 def main(argv=None):
     """Exit status 0, or 2 after one line on stderr that names the thing and the remedy."""
     profile_device.keep_memory()                  # a fifth faster in training on CPU as well
@@ -2230,59 +2113,22 @@ def main(argv=None):
             print(listed_stages())
             return 0
         if args.stage is None:
-            raise InputError("no stage is given: --stage all runs them in order, --stage alone lists them, --help says more")
+            raise InputError("no stage is given: --stage all runs them in order, --stage alone lists them, "
+                             "--help says more")
+        if args.threads is not None and not 1 <= args.threads <= 1024:
+            raise InputError(f"--threads {args.threads} must be from 1 to 1024")
+        if args.out == "":
+            raise InputError("--out is empty: give a folder")
         config = configuration(args)
         if args.threads is not None:
-            if not 1 <= args.threads <= 1024:
-                raise InputError(f"--threads {args.threads} must be from 1 to 1024")
             torch.set_num_threads(args.threads)
         with joined(args.device) as device:
-            obey(args, config, args.out or f"runs/{args.preset}", device)
+            obey(args, config, Path(args.out or f"runs/{args.preset}"), device)
     except (InputError, profile_device.HubError, OSError) as error:
         if rank() == 0:
             print(f"hwdeblur: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
-
-
-def obey(args, config, out, device):
-    """Do what the command line asks for."""
-    agreed(lambda: usable(device))
-    if args.stage == "deblur":
-        first(lambda: run_deblur(args.input, args.output, out, device))
-    elif args.stage == "export":
-        first(lambda: run_export(out, getattr(args, "frame", None)))
-    else:
-        first(lambda: writable(Path(out)))
-        run(config, args.stage, out, device, args.force)
-
-
-def usable(device):
-    """Refuse a device that is not to be had."""
-    try:
-        if torch.device(device).index is not None and torch.device(device).type == "cuda":
-            torch.cuda.set_device(device)
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {device} is not to be had here ({first_line(error)})") from None
-
-
-def one_line(error):
-    """What the user is told of an error that is no bug."""
-    return f"{error.filename or ''}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
-
-
-def writable(out):
-    """Refuse an output folder that cannot be written before any work is done."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise InputError(f"folder {out} cannot be written ({error.strerror}): give another") from None
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Latency of blocks and nets, in milliseconds: this machine, Qualcomm AI Hub, or the paper's published table.
+"""Time: latency of blocks and nets in milliseconds, on this machine, on Qualcomm AI Hub, or as published.
 
 A latency table is a dict that goes into JSON as it is:
   sites {site: [ms of option 0, 1, .., None where the device cannot run it]}, rest_ms (the net without
@@ -39,28 +39,55 @@ HUB_RUNTIMES = ("tflite", "qnn_context_binary", "onnx")
 
 
 class HubError(Exception):
-    """One line: what Qualcomm AI Hub or its client refused, and the remedy. Jobs submitted so far are noted."""
+    """One line: what Qualcomm AI Hub or its client refused, and the remedy. Jobs so far are noted."""
 
 
 class HubFull(HubError):
     """Refused for the number of jobs or requests (429)."""
 
 
-def time_local(module, shape, device="cpu", rounds=20, warmup=3):
-    """Median milliseconds of module(x), x random of `shape`, channels_last, batch 1 unless shape says so.
+# ---------------------------------------------------------------------------- timing on this machine
 
-    The module is used as it is (mode and format); to compare several, use `time_together`.
+def stamp(x):
+    """The time now: a CUDA event where x lives on a GPU, the wall clock elsewhere."""
+    if not x.is_cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(x.device))
+    return event
+
+
+def milliseconds(start, end):
+    """Between two stamps."""
+    if isinstance(start, float):
+        return (end - start) * 1e3
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def keep_memory():
+    """Make the C library keep freed memory: a freed block of 31 MiB raises glibc's dynamic threshold.
+
+    Below it, whether an activation is page-faulted anew in every call depends on what ran before, and a
+    block took up to three times as long inside one process as inside another. Harmless elsewhere.
     """
-    return statistics.median(time_together({0: (module, shape)}, device, rounds, warmup)[0])
+    torch.empty(31 * 2 ** 20, dtype=torch.uint8)
+
+
+def call_ms(function, x):
+    """Milliseconds of one call."""
+    start = stamp(x)
+    function(x)
+    return milliseconds(start, stamp(x))
 
 
 def time_together(entries, device="cpu", rounds=20, warmup=3, calls=4):
     """{name: (module, shape)} -> {name: [ms, one per round]}.
 
-    Every round visits each module, so that a machine that drifts does so under all of them alike, in an order of
-    its own, so that none always follows the same other. Of the `calls` of a visit the first counts for nothing
-    (its caches are cold) and the best of the others counts. With 1, that one counts: right for whole nets, which
-    fill the caches themselves, so that time is better spent on rounds.
+    Every round visits each module, so that a machine that drifts does so under all of them alike, in an
+    order of its own, so that none always follows the same other. Of the `calls` of a visit the first counts
+    for nothing (its caches are cold) and the best of the others counts. With 1, that one counts: right for
+    whole nets, which fill the caches themselves, so that time is better spent on rounds.
     """
     keep_memory()
     generator = torch.Generator().manual_seed(0)
@@ -77,91 +104,92 @@ def time_together(entries, device="cpu", rounds=20, warmup=3, calls=4):
     return times
 
 
+def time_local(module, shape, device="cpu", rounds=20, warmup=3):
+    """Median milliseconds of module(x), x random of `shape`, channels_last, batch 1 unless shape says so.
+
+    The module is used as it is (mode and format); to compare several, use `time_together`.
+    """
+    return statistics.median(time_together({0: (module, shape)}, device, rounds, warmup)[0])
+
+
 def settled(times):
-    """{name: [ms, one per round]} -> {name: lower quartile in ms, once the pace of each round is divided out}.
+    """{name: [ms, one per round]} -> {name: lower quartile in ms, the pace of each round divided out}.
 
     A round's pace is the lower quartile, over the names, of its time over the name's own: where a machine
-    slows down it does so under all alike, and that tells nothing about any one of them. Lower quartiles, since
-    other programs only ever make a call slower: as long as well over a fourth of the calls are spared, the rest do not count.
+    slows down it does so under all alike, and that tells nothing about any one of them. Lower quartiles,
+    since other programs only ever make a call slower: as long as well over a fourth of the calls are spared,
+    the rest do not count.
     """
     ms = torch.tensor(list(times.values()), dtype=torch.float64)                    # (names, rounds)
     pace = (ms / ms.quantile(0.25, 1, keepdim=True)).quantile(0.25, 0)              # (rounds,)
     return dict(zip(times, (ms / pace).quantile(0.25, 1).tolist()))
 
 
-def keep_memory():
-    """Make the C library keep freed memory: a freed block of 31 MiB raises glibc's dynamic threshold.
+def relative_spread(samples):
+    """Interquartile range over median."""
+    quarters = statistics.quantiles(samples, n=4)
+    return (quarters[2] - quarters[0]) / quarters[1]
 
-    Below it, whether an activation is page-faulted anew in every call depends on what ran before, and a
-    block took up to three times as long inside one process as inside another. Harmless elsewhere.
-    """
-    torch.empty(31 * 2 ** 20, dtype=torch.uint8)
+
+def cpu_model():
+    """Architecture and, on Linux, model of this machine's CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return " ".join([platform.machine(), *models[:1]])
+
+
+def machine(device):
+    """What a local table was measured on."""
+    on_gpu = torch.device(device).type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU {cpu_model()}"
+    return {"device": name, "runtime": f"torch {torch.__version__}", "precision": "float32",
+            **({} if on_gpu else {"threads": torch.get_num_threads()}),
+            "date": datetime.date.today().isoformat()}
 
 
 def alone(call, *args, **kwargs):
-    """call(*args, **kwargs) in a fresh Python process with as many threads; should that fail, here, after saying so.
+    """call(*args, **kwargs) in a fresh Python process with as many threads; else here, after saying so.
 
-    Where the C library puts a tensor, and so which caches it meets, depends on all that a process did before: once
-    it had trained a net, some blocks took up to 1.3 times as long. Everything passed, and returned, is pickled.
+    Where the C library puts a tensor, and so which caches it meets, depends on all that a process did before:
+    once it had trained a net, some blocks took up to 1.3 times as long. Everything passed, and returned, is
+    pickled. Not a process of `multiprocessing`: that would run the caller's script once more.
     """
-    child = ("import sys; sys.path.pop(0); import pickle; sys.path[:] = pickle.load(sys.stdin.buffer); "
-             "out, sys.stdout = sys.stdout.buffer, sys.stderr; threads, call, args, kwargs = pickle.load(sys.stdin.buffer); "
-             "import torch; torch.set_num_threads(threads); pickle.dump(call(*args, **kwargs), out)")
+    child = ("import sys; sys.path.pop(0); import pickle; load = lambda: pickle.load(sys.stdin.buffer); "
+             "sys.path[:] = load(); out, sys.stdout = sys.stdout.buffer, sys.stderr; import torch; "
+             "torch.set_num_threads(load()); call, args, kwargs = load(); "
+             "pickle.dump(call(*args, **kwargs), out)")
     try:
-        task = pickle.dumps(sys.path) + pickle.dumps((torch.get_num_threads(), call, args, kwargs))
+        task = b"".join(map(pickle.dumps, (sys.path, torch.get_num_threads(), (call, args, kwargs))))
         done = subprocess.run([sys.executable, "-c", child], input=task, capture_output=True)
         if done.returncode == 0:
             return pickle.loads(done.stdout)
         why = (done.stderr.decode(errors="replace").splitlines() or [""])[-1]
     except Exception as error:                    # what cannot be pickled raises errors of many kinds
         why = f"{type(error).__name__}: {error}"
-    print(f"a fresh process could not do it ({why}): timing in this one, whose history counts", file=sys.stderr)
+    print(f"a fresh process could not do it ({why}): timing in this one, whose history counts",
+          file=sys.stderr)
     return call(*args, **kwargs)
 
 
-def call_ms(function, x):
-    """Milliseconds of one call."""
-    start = stamp(x)
-    function(x)
-    return milliseconds(start, stamp(x))
+# --------------------------------------------------------------------------- blocks inside their net
 
-
-def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cpu", rounds=60, hub=None):
-    """Latency of every option at every site, of the rest of the net, and of the whole base net.
-
-    net: a blocks.NAFNet; surrogates {site: {option: module}} (trained or not: time does not depend on
-    it); frame: (H, W) or one side, in pixels; target "local" (this machine), "qai-hub" (`hub`: further
-    arguments of `profile_hub`) or "paper" (its table 2).
-    deploy: makes a module ready for inference (blocks.deploy); default, a copy in eval mode.
-    Nothing passed in is altered. Raises ValueError for another target or option count; HubError.
-    """
-    frame = (frame, frame) if isinstance(frame, int) else tuple(frame)
-    blocks = {site: [net.blocks()[site], *(surrogates[site][k] for k in sorted(surrogates[site]))] for site in sites}
-    options = [type(block).__name__ for block in next(iter(blocks.values()), [])]
-    if target == "paper":
-        timing = paper_timing(sites, len(options))
-    elif target == "local":
-        timing = local_timing(net, blocks, frame, deploy or in_eval_mode, device, rounds)
-    elif target == "qai-hub":
-        timing = hub_timing(net, blocks, frame, deploy or in_eval_mode, **(hub or {}))
-    else:
-        raise ValueError(f"latency_table: target {target!r} is none of 'local', 'qai-hub' and 'paper'")
-    return {"target": target, "frame": list(frame), "options": options, **timing}
-
-
-def in_eval_mode(module):
-    return copy.deepcopy(module).eval()
-
-
-def paper_timing(sites, n_options):
-    """Table 2 at every site. It gives no time for the rest of the net, so that counts as 0."""
-    if n_options != len(PAPER_BLOCK_MS):
-        raise ValueError(f"the paper's table has {len(PAPER_BLOCK_MS)} options, this search {n_options}: "
-                         "use target local")
-    return {"device": f"{HUB_DEVICE} (published, not measured here)", "runtime": "not stated",
-            "precision": "not stated", "date": "as published",
-            "sites": {site: list(PAPER_BLOCK_MS) for site in sites},
-            "rest_ms": 0.0, "base_ms": PAPER_BASE_MS}
+def input_shapes(net, sites, shape):
+    """{site: shape of what goes into its block} for a net input of `shape`, by one forward pass."""
+    shapes, handles = {}, []
+    for site in sites:
+        def record(module, inputs, site=site):
+            shapes[site] = tuple(inputs[0].shape)
+        handles.append(net.blocks()[site].register_forward_pre_hook(record))
+    try:
+        with torch.inference_mode():
+            net(torch.zeros(shape, device=next(net.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
 
 
 def distinct_modules(net, blocks, frame, deploy, device):
@@ -171,38 +199,40 @@ def distinct_modules(net, blocks, frame, deploy, device):
     """
     net = deploy(net).to(device)
     shapes = input_shapes(net, list(blocks), (1, 3, *frame))
-    keys = {site: [(type(block).__name__, shapes[site]) for block in options] for site, options in blocks.items()}
+    keys = {site: [(type(block).__name__, shapes[site]) for block in row] for site, row in blocks.items()}
     entries = {}
-    for site, options in blocks.items():
-        for key, block in zip(keys[site], options):
+    for site, row in blocks.items():
+        for key, block in zip(keys[site], row):
             if key not in entries:
                 entries[key] = (deploy(block).to(device), shapes[site])
     return keys, {**entries, "net": (net, (1, 3, *frame))}
 
 
-def local_timing(net, blocks, frame, deploy, device, rounds):
-    """Times on `device`; equal (block type, shape) share one."""
-    keys, entries = distinct_modules(net, blocks, frame, deploy, device)
-    times = time_in_place(keys, entries, device, rounds)
-    ms = settled(times)
-    sites = {site: [ms[key] for key in row] for site, row in keys.items()}
-    return {**machine(device), "sites": sites, "base_ms": ms["net"],
-            "rest_ms": ms["net"] - sum(row[0] for row in sites.values()),
-            "statistic": "lower quartile of interleaved rounds, the pace of each divided out", "rounds": rounds,
-            "spread": max(relative_spread(samples) for samples in times.values())}
+def block_places(net, sites):
+    """[(parent module, attribute)] of the blocks at `sites`."""
+    names = {module: name.rpartition(".") for name, module in net.named_modules()}
+    return [(net.get_submodule(names[net.blocks()[site]][0]), names[net.blocks()[site]][2]) for site in sites]
+
+
+def run_spans(net, x, spans):
+    """One call of a net whose hooks note spans {key: [[start, end], ...]} -> {key: mean ms}."""
+    spans.clear()
+    net(x)
+    return {key: statistics.fmean(milliseconds(*span) for span in pairs) for key, pairs in spans.items()}
 
 
 def time_in_place(keys, entries, device="cpu", rounds=60, warmup=3):
     """What `distinct_modules` gives -> {key: [ms, one per round]}, every block timed inside the whole net.
 
     Every round calls the net once per option, that option at every site, so that drift hits all alike.
-    A block that is called over and over by itself finds its input in the cache and the memory of its output just
-    freed; inside a net, where skip connections hold on to theirs, it does not, and sums of times taken
+    A block that is called over and over by itself finds its input in the cache and the memory of its output
+    just freed; inside a net, where skip connections hold on to theirs, it does not, and sums of times taken
     alone rank whole nets worse. Alters the net in `entries`.
     """
     keep_memory()
     (net, shape), spans = entries["net"], {}
-    places, x = block_places(net, keys), torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    places, generator = block_places(net, keys), torch.Generator().manual_seed(0)
+    x = torch.rand(shape, generator=generator).to(device)
     for key, (module, _) in entries.items():
         module.register_forward_pre_hook(lambda *_, key=key: spans.setdefault(key, []).append([stamp(x)]))
         module.register_forward_hook(lambda *_, key=key: spans[key][-1].append(stamp(x)))
@@ -223,115 +253,19 @@ def time_in_place(keys, entries, device="cpu", rounds=60, warmup=3):
     return times
 
 
-def block_places(net, sites):
-    """[(parent module, attribute)] of the blocks at `sites`."""
-    names = {module: name.rpartition(".") for name, module in net.named_modules()}
-    return [(net.get_submodule(names[net.blocks()[site]][0]), names[net.blocks()[site]][2]) for site in sites]
+def local_timing(net, blocks, frame, deploy, device, rounds):
+    """Times on `device`; equal (block type, shape) share one."""
+    keys, entries = distinct_modules(net, blocks, frame, deploy, device)
+    times = time_in_place(keys, entries, device, rounds)
+    ms = settled(times)
+    sites = {site: [ms[key] for key in row] for site, row in keys.items()}
+    return {**machine(device), "sites": sites, "base_ms": ms["net"],
+            "rest_ms": ms["net"] - sum(row[0] for row in sites.values()),
+            "statistic": "lower quartile of interleaved rounds, the pace of each divided out",
+            "rounds": rounds, "spread": max(relative_spread(samples) for samples in times.values())}
 
 
-def run_spans(net, x, spans):
-    """One call of a net whose hooks note spans {key: [[start, end], ...]} -> {key: mean ms}."""
-    spans.clear()
-    net(x)
-    return {key: statistics.fmean(milliseconds(*span) for span in pairs) for key, pairs in spans.items()}
-
-
-def stamp(x):
-    """The time now: a CUDA event where x lives on a GPU, the wall clock elsewhere."""
-    if not x.is_cuda:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(x.device))
-    return event
-
-
-def milliseconds(start, end):
-    """Between two stamps."""
-    if isinstance(start, float):
-        return (end - start) * 1e3
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def input_shapes(net, sites, shape):
-    """{site: shape of what goes into its block} for a net input of `shape`, by one forward pass."""
-    shapes, handles = {}, []
-    for site in sites:
-        def record(module, inputs, site=site):
-            shapes[site] = tuple(inputs[0].shape)
-        handles.append(net.blocks()[site].register_forward_pre_hook(record))
-    try:
-        with torch.inference_mode():
-            net(torch.zeros(shape, device=next(net.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return shapes
-
-
-def relative_spread(samples):
-    """Interquartile range over median."""
-    quarters = statistics.quantiles(samples, n=4)
-    return (quarters[2] - quarters[0]) / quarters[1]
-
-
-def machine(device):
-    """What a local table was measured on."""
-    on_gpu = torch.device(device).type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU {cpu_model()}"
-    return {"device": name, "runtime": f"torch {torch.__version__}", "precision": "float32",
-            **({} if on_gpu else {"threads": torch.get_num_threads()}), "date": datetime.date.today().isoformat()}
-
-
-def cpu_model():
-    """Architecture and, on Linux, model of this machine's CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return " ".join([platform.machine(), *(line.split(":")[1].strip() for line in lines if line.startswith("model name"))][:2])
-
-
-def network_ms(table, choice):
-    """Predicted latency of a whole net: the rest plus one block per site; sites not in choice keep 0.
-
-    Infinite where the device cannot run a chosen block.
-    """
-    rows = [row[choice.get(site, 0)] for site, row in table["sites"].items()]
-    return math.inf if None in rows else table["rest_ms"] + sum(rows)
-
-
-# ------------------------------------------------------------------------------ Qualcomm AI Hub
-
-def hub_timing(net, blocks, frame, deploy, device=HUB_DEVICE, runtime="tflite", **rest):
-    """Table entries from a device of AI Hub; raises HubError where it cannot run an original block.
-
-    Where it runs those but not the whole base net, base_ms is None and the rest of the net counts as 0.
-    """
-    keys, entries = distinct_modules(net, blocks, frame, deploy, "cpu")
-    for name in entries.keys() - {"net"}:
-        without_zeros(entries[name][0])
-    found = profile_hub(entries, device, runtime, **rest)
-    for site, row in keys.items():
-        if found[row[0]]["ms"] is None:
-            raise HubError(f"the original block at {site} does not run on {device} with {runtime}: "
-                           f"{failure(found[row[0]])}; give another --hub-runtime or --hub-device")
-    sites = {site: [found[key]["ms"] for key in row] for site, row in keys.items()}
-    where = {key: [site for site, row in keys.items() if key in row] for key in entries}
-    base_ms = found["net"]["ms"]
-    return {"device": device, "runtime": runtime, "precision": "float32 as uploaded",
-            "date": max(result["date"] for result in found.values()), "sites": sites, "base_ms": base_ms,
-            "statistic": "the hub's own estimate (by its documentation the minimum of about 100 runs)",
-            "rest_ms": 0.0 if base_ms is None else base_ms - sum(row[0] for row in sites.values()),
-            "modules": {title(*entries[key]): {**found[key], "sites": where[key]} for key in entries}}
-
-
-def without_zeros(module):
-    """Fill, in place, parameters that are zero throughout: a compiler may drop a branch scaled by zero."""
-    for p in module.parameters():
-        if not p.any():
-            p.data.fill_(0.1)
-
+# ----------------------------------------------------------------------------- Qualcomm AI Hub: jobs
 
 def title(module, shape):
     """Type and input of a module, say NAFBlock 32x256x256."""
@@ -342,18 +276,43 @@ def failure(result):
     return f"{result['reason']} ({result['url']})"
 
 
-def remarks(table):
-    """What a designer of blocks wants to know: options that do not run, blocks with layers on the CPU."""
-    lines = []
-    for name, found in table.get("modules", {}).items():
-        where = f"{name} ({', '.join(found['sites'])})" if found.get("sites") else name
-        on_cpu = [layer["type"] or layer["name"] for layer in found["layers"] if layer["compute_unit"] == "CPU"]
-        if found["ms"] is None:
-            lines.append(f"{where} is unavailable: {failure(found)}")
-        elif on_cpu:
-            lines.append(f"{where} falls back to the CPU in {len(on_cpu)} of {len(found['layers'])} layers: "
-                         f"{', '.join(sorted(set(on_cpu)))}")
-    return lines
+def parse_profile(profile):
+    """Milliseconds of a profile that the client downloaded; its times are integers in microseconds."""
+    time_us = profile.get("execution_summary", {}).get("estimated_inference_time")
+    if not time_us or time_us < 0:
+        raise ValueError(f"the profile holds no inference time ({time_us})")
+    return time_us / 1000
+
+
+def told(error):
+    """An exception of the client in one line. The texts of other libraries may quote the token: kept back."""
+    if type(error).__module__.split(".")[0] in ("qai_hub", "botocore"):
+        return " ".join(re.sub("[|┌─┐└┘]", " ", str(error)).split()).rstrip(".")
+    return (f"its client failed with {type(error).__name__}: check the network, and its configuration, which "
+            "`qai-hub configure --api_token TOKEN` writes")
+
+
+def ask(call, *args, **kwargs):
+    """call(...) of the client; whatever it raises becomes a HubError."""
+    try:
+        return call(*args, **kwargs)
+    except Exception as error:
+        kind = HubFull if type(error).__name__ == "RateLimitedError" else HubError
+        raise kind(f"AI Hub: {told(error)}; put that right and the same command goes on from here "
+                   "(--force submits anew)") from None
+
+
+def read_notes(path):
+    """The notes of earlier runs, {} if there are none."""
+    try:
+        notes = {} if path is None else json.loads(Path(path).read_text())
+        if all("name" in note for note in notes.values()):
+            return notes
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        pass
+    raise HubError(f"{path} is damaged: delete it, and its jobs are submitted anew")
 
 
 class Session(NamedTuple):
@@ -367,157 +326,27 @@ class Session(NamedTuple):
     running: dict         # {job key: [compile job, profile job]}
 
 
-def profile_hub(entries, device=HUB_DEVICE, runtime="tflite", jobs=None, force=False):
-    """Profile modules on a device of AI Hub, all jobs in flight together.
-
-    entries {name: (module in eval mode, input shape)} -> {name: {ms (None if a job failed), reason, url, date,
-    layers, each with its compute_unit}}. jobs: a JSON file that notes every job the moment it exists, so that a
-    run that was cut off collects what it had submitted; force: submit anew all the same. The client finds its
-    token by itself (~/.qai_hub/client.ini, or the file that QAIHUB_CLIENT_INI names). Raises HubError.
-    """
-    names, notes = {name: job_key(*entry, device, runtime) for name, entry in entries.items()}, read_notes(jobs)
-    todo = {names[name]: entry for name, entry in entries.items() if force or "ms" not in notes.get(names[name], {})}
-    if todo:
-        session = Session(hub_client(device), device, runtime, jobs, notes, tuple(todo), {})
-        find_lost(session)
-        for key, entry in todo.items():
-            if force:
-                notes.pop(key, None)
-            session.running[key] = submit(session, key, *entry)
-            if sys.stderr.isatty():
-                show(session)
-        pause = 0.5
-        while look_all(session):
-            time.sleep(pause)
-            pause = min(10, 2 * pause)
-    return {name: {k: notes[key][k] for k in ("ms", "reason", "url", "date", "layers")} for name, key in names.items()}
+def save_notes(session):
+    """Write the notes, whole or not at all."""
+    if session.path is None:
+        return
+    temporary = Path(f"{session.path}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        json.dump(session.notes, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(session.path)
 
 
-def job_key(module, shape, device, runtime):
-    """What a measured time belongs to; weights do not matter, so a module is told by its printed form."""
-    return f"{title(module, shape)} {hashlib.sha256(repr(module).encode()).hexdigest()[:12]}, {device}, {runtime}"
-
-
-def hub_client(device):
-    """The hub's client, once its configuration, token and the device's name have been found good."""
-    try:
-        import qai_hub
-    except ImportError:
-        raise HubError("AI Hub needs its client: pip install qai-hub") from None
-    client = qai_hub.Client()
-    ask(client.set_verbose, False)
-    names = {d.name for d in ask(client.get_devices)}
-    if device not in names:
-        nearest = ", ".join(difflib.get_close_matches(device, sorted(names), 5, 0))
-        raise HubError(f"AI Hub has no device {device!r}; the nearest names: {nearest}")
-    return client
-
-
-def ask(call, *args, **kwargs):
-    """call(...) of the client; whatever it raises becomes a HubError."""
-    try:
-        return call(*args, **kwargs)
-    except Exception as error:
-        kind = HubFull if type(error).__name__ == "RateLimitedError" else HubError
-        raise kind(f"AI Hub: {told(error)}; put that right and the same command goes on from here "
-                   "(--force submits anew)") from None
-
-
-def told(error):
-    """An exception of the client in one line. The texts of other libraries may quote the token: kept back."""
-    if type(error).__module__.split(".")[0] in ("qai_hub", "botocore"):
-        return " ".join(re.sub("[|┌─┐└┘]", " ", str(error)).split()).rstrip(".")
-    return (f"its client failed with {type(error).__name__}: check the network, and its configuration, which "
-            "`qai-hub configure --api_token TOKEN` writes")
-
-
-def find_lost(session):
-    """Note the ids of jobs whose creation was cut off before the answer came; jobs have unique names."""
-    import qai_hub
-    begun = [session.notes[key] for key in session.keys if key in session.notes]
-    for kind, job_type in (("compile", qai_hub.JobType.COMPILE), ("profile", qai_hub.JobType.INFERENCE)):
-        lost = {note["name"]: note for note in begun if kind not in note}
-        for summary in ask(recent_jobs, session.client, job_type) if lost else ():
-            if summary.name in lost:
-                lost[summary.name][kind] = summary.job_id
-
-
-def recent_jobs(client, job_type):
-    """Summaries of the account's latest jobs; none where it may not list them."""
-    from qai_hub.client import UserError
-    try:
-        return client.get_job_summaries(limit=200, type=job_type)
-    except UserError:
-        return []
-
-
-def submit(session, key, module, shape):
-    """Submit what the notes lack -> [compile job, profile job]; an id is noted the moment it exists."""
-    import qai_hub
-    client, target, note = session.client, qai_hub.Device(session.device), session.notes.setdefault(key, {})
-    if "name" not in note:
-        note["name"] = f"{title(module, shape)} {uuid.uuid4().hex[:12]}"
-        save_notes(session)
-    if "compile" in note:
-        compiled = ask(client.get_job, note["compile"])
-    else:
-        compiled = insist(session, client.submit_compile_job, upload(client, module, shape, note["name"]), target,
-                          name=note["name"], input_specs={"x": shape}, options=f"--target_runtime {session.runtime}")
-        note["compile"] = compiled.job_id
-        save_notes(session)
-    if "profile" in note:
-        return [compiled, ask(client.get_job, note["profile"])]
-    try:
-        profiled = insist(session, client.submit_inference_job, compiled.get_target_model(), target,
-                          name=note["name"], retry=False, profile=True)
-    except HubError:
-        if ask(compiled.get_status).failure:
-            return [compiled]
-        raise
-    note["profile"] = profiled.job_id
-    save_notes(session)
-    return [compiled, profiled]
-
-
-def exported(module, shape):
-    """The module, on the CPU, as a torch.export program for one input of `shape`.
-
-    Its weights are contiguous, which is what converters expect; outputs are the same bits.
-    """
-    return torch.export.export(copy.deepcopy(module).to(memory_format=torch.contiguous_format), (torch.zeros(shape),))
-
-
-def upload(client, module, shape, name):
-    """The module as an exported program, uploaded -> the client's model."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "module.pt2")
-        torch.export.save(exported(module, shape), path)
-        return ask(client.upload_model, path, name)
-
-
-def insist(session, submission, *args, **kwargs):
-    """submission(...); refused for the number of jobs (429), again as long as some of ours are running.
-
-    The client itself tries a refused submission seven times, some 15 s in all.
-    """
-    while True:
-        try:
-            return ask(submission, *args, **kwargs)
-        except HubFull:
-            if not look_all(session):
-                raise
-
-
-def look_all(session):
-    """Note what has come of the jobs in flight; returns how many modules are still waited for."""
-    before = len(session.running)
-    for key, jobs in list(session.running.items()):
-        if look(session.notes[key], jobs):
-            del session.running[key]
-    if len(session.running) < before:
-        save_notes(session)
-        show(session)
-    return len(session.running)
+def show(session):
+    """One line of progress, live on a terminal."""
+    notes, live = [session.notes.get(key, {}) for key in session.keys], sys.stderr.isatty()
+    submitted, compiled, ended = (sum(k in note for note in notes) for k in ("compile", "compiled", "ms"))
+    failed = sum(note.get("ms", 0) is None for note in notes)
+    line = (f"AI Hub: {len(notes)} modules, {submitted} submitted, {compiled} compiled, "
+            f"{ended - failed} profiled, {failed} failed")
+    end = "\r" if live and session.running else "\n"
+    print(f"{line:<79}" if live else line, end=end, file=sys.stderr, flush=True)
 
 
 def look(note, jobs):
@@ -542,50 +371,290 @@ def look(note, jobs):
     return True
 
 
-def parse_profile(profile):
-    """Milliseconds of a profile that the client downloaded; its times are integers in microseconds."""
-    time_us = profile.get("execution_summary", {}).get("estimated_inference_time")
-    if not time_us or time_us < 0:
-        raise ValueError(f"the profile holds no inference time ({time_us})")
-    return time_us / 1000
+def look_all(session):
+    """Note what has come of the jobs in flight; returns how many modules are still waited for."""
+    before = len(session.running)
+    for key, jobs in list(session.running.items()):
+        if look(session.notes[key], jobs):
+            del session.running[key]
+    if len(session.running) < before:
+        save_notes(session)
+        show(session)
+    return len(session.running)
 
 
-def read_notes(path):
-    """The notes of earlier runs, {} if there are none."""
+def insist(session, submission, *args, **kwargs):
+    """submission(...); refused for the number of jobs (429), again as long as some of ours are running.
+
+    The client itself tries a refused submission seven times, some 15 s in all.
+    """
+    while True:
+        try:
+            return ask(submission, *args, **kwargs)
+        except HubFull:
+            if not look_all(session):
+                raise
+
+
+def exported(module, shape):
+    """The module, on the CPU, as a torch.export program for one input of `shape`.
+
+    Its weights are contiguous, which is what converters expect; outputs are the same bits.
+    """
+    module = copy.deepcopy(module).to(memory_format=torch.contiguous_format)
+    return torch.export.export(module, (torch.zeros(shape),))
+
+
+def upload(client, module, shape, name):
+    """The module as an exported program, uploaded -> the client's model."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "module.pt2")
+        torch.export.save(exported(module, shape), path)
+        return ask(client.upload_model, path, name)
+
+
+def submit(session, key, module, shape):
+    """Submit what the notes lack -> [compile job, profile job]; an id is noted the moment it exists."""
+    import qai_hub
+    client, target = session.client, qai_hub.Device(session.device)
+    note = session.notes.setdefault(key, {})
+    if "name" not in note:
+        note["name"] = f"{title(module, shape)} {uuid.uuid4().hex[:12]}"
+        save_notes(session)
+    if "compile" in note:
+        compiled = ask(client.get_job, note["compile"])
+    else:
+        model = upload(client, module, shape, note["name"])
+        compiled = insist(session, client.submit_compile_job, model, target, name=note["name"],
+                          input_specs={"x": shape}, options=f"--target_runtime {session.runtime}")
+        note["compile"] = compiled.job_id
+        save_notes(session)
+    if "profile" in note:
+        return [compiled, ask(client.get_job, note["profile"])]
     try:
-        notes = {} if path is None else json.loads(Path(path).read_text())
-        if all("name" in note for note in notes.values()):
-            return notes
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError, TypeError):
-        pass
-    raise HubError(f"{path} is damaged: delete it, and its jobs are submitted anew")
+        profiled = insist(session, client.submit_inference_job, compiled.get_target_model(), target,
+                          name=note["name"], retry=False, profile=True)
+    except HubError:
+        if ask(compiled.get_status).failure:
+            return [compiled]
+        raise
+    note["profile"] = profiled.job_id
+    save_notes(session)
+    return [compiled, profiled]
 
 
-def save_notes(session):
-    """Write the notes, whole or not at all."""
-    if session.path is None:
-        return
-    temporary = Path(f"{session.path}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        json.dump(session.notes, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(session.path)
+def recent_jobs(client, job_type):
+    """Summaries of the account's latest jobs; none where it may not list them."""
+    from qai_hub.client import UserError
+    try:
+        return client.get_job_summaries(limit=200, type=job_type)
+    except UserError:
+        return []
 
 
-def show(session):
-    """One line of progress, live on a terminal."""
-    notes, live = [session.notes.get(key, {}) for key in session.keys], sys.stderr.isatty()
-    submitted, compiled, ended = (sum(k in note for note in notes) for k in ("compile", "compiled", "ms"))
-    failed = sum(note.get("ms", 0) is None for note in notes)
-    line = (f"AI Hub: {len(notes)} modules, {submitted} submitted, {compiled} compiled, {ended - failed} profiled, "
-            f"{failed} failed")
-    print(f"{line:<79}" if live else line, end="\r" if live and session.running else "\n", file=sys.stderr, flush=True)
+def find_lost(session):
+    """Note the ids of jobs whose creation was cut off before the answer came; jobs have unique names."""
+    import qai_hub
+    begun = [session.notes[key] for key in session.keys if key in session.notes]
+    for kind, job_type in (("compile", qai_hub.JobType.COMPILE), ("profile", qai_hub.JobType.INFERENCE)):
+        lost = {note["name"]: note for note in begun if kind not in note}
+        for summary in ask(recent_jobs, session.client, job_type) if lost else ():
+            if summary.name in lost:
+                lost[summary.name][kind] = summary.job_id
 
 
-# ------------------------------------------------------------- the operators blocks are made of
+def hub_client(device):
+    """The hub's client, once its configuration, token and the device's name have been found good."""
+    try:
+        import qai_hub
+    except ImportError:
+        raise HubError("AI Hub needs its client: pip install qai-hub") from None
+    client = qai_hub.Client()
+    ask(client.set_verbose, False)
+    names = {d.name for d in ask(client.get_devices)}
+    if device not in names:
+        nearest = ", ".join(difflib.get_close_matches(device, sorted(names), 5, 0))
+        raise HubError(f"AI Hub has no device {device!r}; the nearest names: {nearest}")
+    return client
+
+
+def job_key(module, shape, device, runtime):
+    """What a measured time belongs to; weights do not matter, so a module is told by its printed form."""
+    kind = hashlib.sha256(repr(module).encode()).hexdigest()[:12]
+    return f"{title(module, shape)} {kind}, {device}, {runtime}"
+
+
+def profile_hub(entries, device=HUB_DEVICE, runtime="tflite", jobs=None, force=False):
+    """Profile modules on a device of AI Hub, all jobs in flight together.
+
+    entries {name: (module in eval mode, input shape)} -> {name: {ms (None if a job failed), reason, url,
+    date, layers, each with its compute_unit}}. jobs: a JSON file that notes every job the moment it exists,
+    so that a run that was cut off collects what it had submitted; force: submit anew all the same. The client
+    finds its token by itself (~/.qai_hub/client.ini, or the file that QAIHUB_CLIENT_INI names). HubError.
+    """
+    names = {name: job_key(*entry, device, runtime) for name, entry in entries.items()}
+    notes = read_notes(jobs)
+    todo = {names[name]: entry for name, entry in entries.items()
+            if force or "ms" not in notes.get(names[name], {})}
+    if todo:
+        session = Session(hub_client(device), device, runtime, jobs, notes, tuple(todo), {})
+        find_lost(session)
+        for key, entry in todo.items():
+            if force:
+                notes.pop(key, None)
+            session.running[key] = submit(session, key, *entry)
+            if sys.stderr.isatty():
+                show(session)
+        pause = 0.5
+        while look_all(session):
+            time.sleep(pause)
+            pause = min(10, 2 * pause)
+    return {name: {k: notes[key][k] for k in ("ms", "reason", "url", "date", "layers")}
+            for name, key in names.items()}
+
+
+# ------------------------------------------------------------------------------------ latency tables
+
+def remarks(table):
+    """What a designer of blocks wants to know: options that do not run, blocks with layers on the CPU."""
+    lines = []
+    for name, found in table.get("modules", {}).items():
+        where = f"{name} ({', '.join(found['sites'])})" if found.get("sites") else name
+        layers = found["layers"]
+        on_cpu = [layer["type"] or layer["name"] for layer in layers if layer["compute_unit"] == "CPU"]
+        if found["ms"] is None:
+            lines.append(f"{where} is unavailable: {failure(found)}")
+        elif on_cpu:
+            lines.append(f"{where} falls back to the CPU in {len(on_cpu)} of {len(layers)} layers: "
+                         f"{', '.join(sorted(set(on_cpu)))}")
+    return lines
+
+
+def without_zeros(module):
+    """Fill, in place, parameters that are zero throughout: a compiler may drop a branch scaled by zero."""
+    for p in module.parameters():
+        if not p.any():
+            p.data.fill_(0.1)
+
+
+def hub_timing(net, blocks, frame, deploy, device=HUB_DEVICE, runtime="tflite", **rest):
+    """Table entries from a device of AI Hub; raises HubError where it cannot run an original block.
+
+    Where it runs those but not the whole base net, base_ms is None and the rest of the net counts as 0.
+    """
+    keys, entries = distinct_modules(net, blocks, frame, deploy, "cpu")
+    for name in entries.keys() - {"net"}:
+        without_zeros(entries[name][0])
+    found = profile_hub(entries, device, runtime, **rest)
+    for site, row in keys.items():
+        if found[row[0]]["ms"] is None:
+            raise HubError(f"the original block at {site} does not run on {device} with {runtime}: "
+                           f"{failure(found[row[0]])}; give another --hub-runtime or --hub-device")
+    sites = {site: [found[key]["ms"] for key in row] for site, row in keys.items()}
+    where = {key: [site for site, row in keys.items() if key in row] for key in entries}
+    base_ms = found["net"]["ms"]
+    return {"device": device, "runtime": runtime, "precision": "float32 as uploaded",
+            "date": max(result["date"] for result in found.values()), "sites": sites, "base_ms": base_ms,
+            "statistic": "the hub's own estimate (by its documentation the minimum of about 100 runs)",
+            "rest_ms": 0.0 if base_ms is None else base_ms - sum(row[0] for row in sites.values()),
+            "modules": {title(*entries[key]): {**found[key], "sites": where[key]} for key in entries}}
+
+
+def paper_timing(sites, n_options):
+    """Table 2 at every site. It gives no time for the rest of the net, so that counts as 0."""
+    if n_options != len(PAPER_BLOCK_MS):
+        raise ValueError(f"the paper's table has {len(PAPER_BLOCK_MS)} options, this search {n_options}: "
+                         "use target local")
+    return {"device": f"{HUB_DEVICE} (published, not measured here)", "runtime": "not stated",
+            "precision": "not stated", "date": "as published",
+            "sites": {site: list(PAPER_BLOCK_MS) for site in sites},
+            "rest_ms": 0.0, "base_ms": PAPER_BASE_MS}
+
+
+def in_eval_mode(module):
+    return copy.deepcopy(module).eval()
+
+
+def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cpu", rounds=60, hub=None):
+    """Latency of every option at every site, of the rest of the net, and of the whole base net.
+
+    net: a blocks.NAFNet; surrogates {site: {option: module}} (trained or not: time does not depend on
+    it); frame: (H, W) or one side, in pixels; target "local" (this machine), "qai-hub" (`hub`: further
+    arguments of `profile_hub`) or "paper" (its table 2).
+    deploy: makes a module ready for inference (blocks.deploy); default, a copy in eval mode.
+    Nothing passed in is altered. Raises ValueError for another target or option count; HubError.
+    """
+    frame, deploy = (frame, frame) if isinstance(frame, int) else tuple(frame), deploy or in_eval_mode
+    blocks = {site: [net.blocks()[site], *(surrogates[site][k] for k in sorted(surrogates[site]))]
+              for site in sites}
+    options = [type(block).__name__ for block in next(iter(blocks.values()), [])]
+    if target == "paper":
+        timing = paper_timing(sites, len(options))
+    elif target == "local":
+        timing = local_timing(net, blocks, frame, deploy, device, rounds)
+    elif target == "qai-hub":
+        timing = hub_timing(net, blocks, frame, deploy, **(hub or {}))
+    else:
+        raise ValueError(f"latency_table: target {target!r} is none of 'local', 'qai-hub' and 'paper'")
+    return {"target": target, "frame": list(frame), "options": options, **timing}
+
+
+def network_ms(table, choice):
+    """Predicted latency of a whole net: the rest plus one block per site; sites not in choice keep 0.
+
+    Infinite where the device cannot run a chosen block.
+    """
+    rows = [row[choice.get(site, 0)] for site, row in table["sites"].items()]
+    return math.inf if None in rows else table["rest_ms"] + sum(rows)
+
+
+# --------------------------------------------------------------------------------- do the sums hold?
+
+def kendall_tau(x, y):
+    """Kendall's tau-b of two sequences: 1 if they rank alike, -1 if in reverse; nan if one is constant."""
+    a, b = (torch.tensor(v, dtype=torch.float64) for v in (x, y))
+    a, b = ((v[:, None] - v).sign() for v in (a, b))                                # (n, n)
+    return ((a * b).sum() / (a.abs().sum() * b.abs().sum()).sqrt()).item()
+
+
+def time_nets(entries, device="cpu", rounds=12, most=72, enough=0.9, seconds=40.0):
+    """Whole nets {name: (deployed net, shape)} -> ({name: ms}, Kendall's tau of two halves of the rounds).
+
+    Each half is measured in a process of its own. What does not repeat itself, no prediction can tell: while
+    tau (without the net "base") is below `enough`, two processes more take another `rounds` each, up to
+    `most` in all, and for as long as that fits in `seconds`.
+    """
+    halves, repeat_tau = [{name: [] for name in entries} for _ in range(2)], -math.inf
+    begun, pair_s = time.monotonic(), 0.0
+    while (repeat_tau < enough and 2 * len(halves[0]["base"]) < most
+           and time.monotonic() - begun + pair_s < seconds):
+        started = time.monotonic()
+        for half in halves:
+            more = alone(time_together, entries, device, rounds, warmup=1, calls=1)
+            half.update({name: half[name] + more[name] for name in entries})
+        pair_s = time.monotonic() - started
+        pair = [settled({name: ms for name, ms in half.items() if name != "base"}) for half in halves]
+        repeat_tau = kendall_tau(*(list(ms.values()) for ms in pair))
+    return settled({name: halves[0][name] + halves[1][name] for name in entries}), repeat_tau
+
+
+def sums(table, choices, measured, where, drift=1.0):
+    """Predicted against measured ms of the nets that were measured, on `where`.
+
+    choices {name: choice}, measured {name: ms or None}; drift: how much slower the machine runs than when
+    the table was made; predictions are multiplied by it. Returns {rows, drift, measured_on, tau: Kendall's,
+    None below three nets, mean_relative_error, None without a measurement}; the base net, on which the
+    table's sum is right by construction, has a row but no part in tau and error.
+    """
+    rows = [{"net": name, "predicted_ms": drift * network_ms(table, choice), "measured_ms": measured[name]}
+            for name, choice in choices.items() if measured[name] is not None]
+    pairs = [(row["predicted_ms"], row["measured_ms"]) for row in rows if row["net"] != "base"]
+    return {"rows": rows, "drift": drift, "measured_on": where if rows else None,
+            "tau": kendall_tau(*zip(*pairs)) if len(pairs) > 2 else None,
+            "mean_relative_error": statistics.fmean(abs(p / m - 1) for p, m in pairs) if pairs else None}
+
+
+# ------------------------------------------------------------------ the operators blocks are made of
 
 class Operator(nn.Module):
     """A named function of x as a module."""
@@ -621,7 +690,7 @@ def operator_times(entries, args):
     """{name: (module, shape)} -> ({name: ms or None}, where they were measured, remarks)."""
     if args.target == "local":
         where = machine(args.device)
-        return settled(time_together(entries, args.device)), f"{where['device']}, {where['runtime']}", []
+        return settled(time_together(entries, args.device)), "{device}, {runtime}".format(**where), []
     found = profile_hub(entries, args.hub_device, args.hub_runtime, args.jobs, args.force)
     modules = {f"{name} {'x'.join(map(str, shape[1:]))}": found[name, shape] for name, shape in entries}
     return ({name: result["ms"] for name, result in found.items()}, f"{args.hub_device}, {args.hub_runtime}",
@@ -629,7 +698,7 @@ def operator_times(entries, args):
 
 
 def main(argv=None):
-    """Print operator latencies at the shapes of a NAFNet: of this machine, or of a device of Qualcomm AI Hub."""
+    """Print operator latencies at the shapes of a NAFNet: of this machine, or of a device of AI Hub."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--target", choices=["local", "qai-hub"], default="local")
     parser.add_argument("--width", type=int, default=32, help="channels at full resolution")
@@ -660,7 +729,8 @@ def main(argv=None):
           + (f", {torch.get_num_threads()} threads" if args.target == "local" else ""))
     print(f"{'':<26}" + "".join(f"{'x'.join(map(str, shape[1:])):>14}" for shape in shapes))
     for name in operators(2):
-        print(f"{name:<26}" + "".join("         fails" if ms[name, s] is None else f"{ms[name, s]:14.3f}" for s in shapes))
+        cells = ["fails" if ms[name, shape] is None else f"{ms[name, shape]:.3f}" for shape in shapes]
+        print(f"{name:<26}" + "".join(f"{cell:>14}" for cell in cells))
     print("".join(f"{note}\n" for note in notes), end="")
     return 0
 

@@ -1,4 +1,4 @@
-"""Multi-objective Bayesian search over block choices: a GP and Monte-Carlo EHVI by hand.
+"""Choosing: a multi-objective Bayesian search over block options, with a GP and Monte-Carlo EHVI by hand.
 
 Letters in every docstring: n evaluated, q candidates, m = 2 objectives, s draws, d sites, k options.
 Both objectives are MINIMISED everywhere. Objective 1, `loss_db`, is measured; objective 2, `penalty`,
@@ -6,8 +6,10 @@ is the sum of one known number per site. numpy and scipy only: this file can be 
 R&W: Rasmussen & Williams 2006, Gaussian Processes for Machine Learning.
 """
 import argparse
+import math
 import time
 import warnings
+from html import escape
 from itertools import combinations, product
 from typing import NamedTuple
 
@@ -47,19 +49,19 @@ def decode(x, n_options):
 
 # ----------------------------------------------------------- Pareto front and hypervolume, m = 2
 
-def pareto_mask(Y):
-    """(n, 2) objectives -> (n,) True where no other row is as good in both and better in one."""
-    rows, inverse = np.unique(_objectives(Y), axis=0, return_inverse=True)   # ascending; equal rows share one fate
-    best = rows[:, 1] < np.minimum.accumulate(np.append(np.inf, rows[:, 1]))[:-1]
-    best[:1] = True                                                    # the first beats nothing: inf too
-    return best[inverse.ravel()]
-
-
 def _objectives(Y):
     Y = np.asarray(Y, dtype=float).reshape(-1, 2)
     if np.isnan(Y).any():
         raise ValueError("objectives must not be NaN")
     return Y
+
+
+def pareto_mask(Y):
+    """(n, 2) objectives -> (n,) True where no other row is as good in both and better in one."""
+    rows, inverse = np.unique(_objectives(Y), axis=0, return_inverse=True)     # ascending; equal ones once
+    best = rows[:, 1] < np.minimum.accumulate(np.append(np.inf, rows[:, 1]))[:-1]
+    best[:1] = True                                                    # the first beats nothing: inf too
+    return best[inverse.ravel()]
 
 
 def free_boxes(front, ref):
@@ -80,40 +82,6 @@ def hypervolume(Y, ref):
     """Area between the front of Y (n, 2) and the reference point; 0 if no point is below it."""
     boxes = free_boxes(Y, ref)[1:]                                     # those above a front point
     return float(((boxes[:, 1, 0] - boxes[:, 0, 0]) * (ref[1] - boxes[:, 1, 1])).sum())
-
-
-def mc_ehvi(mean, std, draws, boxes):
-    """Expected hypervolume improvement (q,) by Monte Carlo: a sum over free boxes (Yang et al. 2019).
-
-    mean, std (q, 2); draws (s, 2) standard normal, common to all candidates; boxes from free_boxes.
-    """
-    y = mean[:, None] + std[:, None] * draws                           # (q, s, 2)
-    return mean_improvement(y[..., 0], y[..., 1], boxes)
-
-
-def mean_improvement(losses, penalties, boxes):
-    """Hypervolume improvement, averaged over outcomes of both objectives, (q, s) or (q, 1) if known -> (q,)."""
-    def sides(y, axis):                                                # of the boxes beyond y, (q, s, b)
-        sides = np.maximum(boxes[:, 0, axis], y[:, :, None])
-        return np.maximum(np.subtract(boxes[:, 1, axis], sides, out=sides), 0, out=sides)
-
-    return (sides(losses, 0) * sides(penalties, 1)).sum(-1).mean(-1)
-
-
-def exact_ehvi(mean, std, boxes):
-    """The closed form of the same for independent normal marginals (q,) (Yang et al. 2019).
-
-    A box's share of an axis is max(0, u - max(l, y)) = (u - y)+ - (l - y)+, so its expectation is a
-    difference of E(t - y)+ = (t - mean) Phi(z) + std phi(z), z = (t - mean) / std.
-    """
-    def below(t):                                                      # E(t - y)+, (q, b, 2)
-        gap = np.where(np.isfinite(t), t, 0) - mean[:, None]
-        width = np.broadcast_to(std[:, None], gap.shape)
-        z = np.divide(gap, width, out=np.zeros(gap.shape), where=width > 0)
-        value = np.where(width > 0, gap * norm.cdf(z) + width * norm.pdf(z), np.maximum(gap, 0))
-        return np.where(np.isfinite(t), value, 0)
-
-    return (below(boxes[:, 1]) - below(boxes[:, 0])).prod(-1).sum(-1)
 
 
 # -------------------------------------------------------------------------- Gaussian process
@@ -143,6 +111,16 @@ def distances(A, B, kernel):
     return ((a != b).astype(float) if kernel == "overlap" else (a - b) ** 2 / 2 for a, b in pairs)
 
 
+def stable_cholesky(K, jitter=0.0):
+    """Lower Cholesky factor of K, with the least jitter that it needs: 1e-10 of its mean, or tens of that."""
+    try:
+        return cholesky(K + jitter * np.eye(len(K)), lower=True)
+    except LinAlgError:
+        if jitter >= np.trace(K):
+            raise
+        return stable_cholesky(K, max(10 * jitter, 1e-10 * np.trace(K) / len(K)))
+
+
 def log_evidence(log_params, D, y):
     """Log marginal likelihood R&W (2.30) and its gradient (5.9) at log (rates, signal, noise).
 
@@ -161,18 +139,8 @@ def log_evidence(log_params, D, y):
     return value, gradient, chol, alpha
 
 
-def stable_cholesky(K, jitter=0.0):
-    """Lower Cholesky factor of K, with the least jitter (1e-10 of the mean variance, times 10) that makes it succeed."""
-    try:
-        return cholesky(K + jitter * np.eye(len(K)), lower=True)
-    except LinAlgError:
-        if jitter >= np.trace(K):
-            raise
-        return stable_cholesky(K, max(10 * jitter, 1e-10 * np.trace(K) / len(K)))
-
-
 def warp(y, power):
-    """Box & Cox's (1964) (r^power - 1) / power of the error ratio r = 10^(y / 10), in dB near 0, and d / d power.
+    """(r^power - 1) / power (Box & Cox 1964) of the error ratio r = 10^(y / 10), in dB near 0; d / d power.
 
     Power 1 is the mean squared error, in which independent errors add up; 0 is y itself; below 0 swaps
     that are stacked lose more than the sum of their losses in dB.
@@ -212,9 +180,10 @@ def gp_fit(X, y, kernel="overlap", warped=False):
     site, its log a priori normal around the sites' mean with unit variance, so that few data are not
     over-read; y is standardised; a constant y is its own prediction. warped: y is in dB, and the power
     of its `warp` is fitted too. Always the same start: no state.
-    Tried on fifteen 7^8 landscapes (additive, pairwise, super-additive, small nets), share of the exact volume after
-    50 / 100: neither warp nor prior .919 / .969, warp .921 / .964, both .937 / .974. No gain from additive and
-    pairwise terms anchored at the base, clipped losses, a wider or narrower posterior, more mutation.
+    Tried on fifteen 7^8 landscapes (additive, pairwise, super-additive, small nets), share of the exact
+    volume after 50 / 100: neither warp nor prior .919 / .969, warp .921 / .964, both .937 / .974. No gain
+    from additive and pairwise terms anchored at the base, clipped losses, another width of posterior, more
+    mutation.
     """
     X, y = np.asarray(X, dtype=float), np.asarray(y, dtype=float)
     if not (np.isfinite(X).all() and np.isfinite(y).all()):
@@ -247,42 +216,59 @@ def gp_predict(gp, X):
     return gp.offset + gp.scale * K @ gp.alpha, gp.scale * np.sqrt(variance)
 
 
+# ------------------------------------------- expected hypervolume improvement (section II-C)
+
+def mc_ehvi(mean, std, draws, boxes, power=0.0):
+    """Expected hypervolume improvement (q,) by Monte Carlo: a sum over free boxes (Yang et al. 2019).
+
+    mean, std (q, 2); draws (s, 2) standard normal, common to all candidates; boxes from free_boxes.
+    Objective 1 is drawn where its GP is normal and then unwarped (`warp` with this power): in dB a wide
+    posterior is so lopsided that its standard deviation would promise losses far below 0.
+    """
+    known = not std[:, 1].any()
+    losses = unwarp(mean[:, :1] + std[:, :1] * draws[:, 0], power)                      # (q, s)
+    costs = mean[:, 1:] + std[:, 1:] * (draws[:1, 1] if known else draws[:, 1])         # (q, 1 or s)
+
+    def sides(y, axis):                                                # of the boxes beyond y, (q, ., b)
+        sides = np.maximum(boxes[:, 0, axis], y[:, :, None])
+        return np.maximum(np.subtract(boxes[:, 1, axis], sides, out=sides), 0, out=sides)
+
+    return (sides(losses, 0) * sides(costs, 1)).sum(-1).mean(-1)
+
+
+def exact_ehvi(mean, std, boxes):
+    """The closed form of the same for independent normal marginals (q,) (Yang et al. 2019).
+
+    A box's share of an axis is max(0, u - max(l, y)) = (u - y)+ - (l - y)+, so its expectation is a
+    difference of E(t - y)+ = (t - mean) Phi(z) + std phi(z), z = (t - mean) / std.
+    """
+    def below(t):                                                      # E(t - y)+, (q, b, 2)
+        gap = np.where(np.isfinite(t), t, 0) - mean[:, None]
+        width = np.broadcast_to(std[:, None], gap.shape)
+        z = np.divide(gap, width, out=np.zeros(gap.shape), where=width > 0)
+        value = np.where(width > 0, gap * norm.cdf(z) + width * norm.pdf(z), np.maximum(gap, 0))
+        return np.where(np.isfinite(t), value, 0)
+
+    return (below(boxes[:, 1]) - below(boxes[:, 0])).prod(-1).sum(-1)
+
+
 # ---------------------------------------------------------------------------------- the search
 
-def search(score, penalty, n_evaluations, rng, ref=None, history=(), kernel="overlap", batch=1, map=map):
-    """Spend `n_evaluations` scores on the front of (loss_db, penalty) -> [Evaluation, ...] in order.
+def penalties(table, sites, diverged=()):
+    """Objective 2 of a latency table: one array per site, its options' ms over the base blocks' total.
 
-    score(options: tuple of int) -> dB, finite; penalty: one array per site, its entries' sum is
-    objective 2; an option of infinite penalty is never proposed. ref (2,): reference point, default 1.1 x
-    the worst of base and all-fastest. rng: one draw from it decides everything, so the same rng and history
-    (which counts towards n_evaluations) give the same proposals; `batch` of them are made at once, and
-    `map` (score, proposals) may score them in parallel. Warns and ends early when the space is exhausted.
-    kernel="rbf" is the paper's plain form: GPs on the relaxed vector for both objectives.
+    So the base has penalty 1, the order of magnitude of the loss in dB (II-C); no result depends on the
+    factor. Infinite is an option that the device cannot run (None in the table), or in `diverged`
+    [[site, option], ...].
     """
-    penalty = [np.asarray(p, dtype=float) for p in penalty]
-    if not penalty or not all(np.isfinite(p).any() and (p > -np.inf).all() for p in penalty):
-        raise ValueError("search: every site needs an option of finite penalty, and none may be NaN or -inf")
-    if batch < 1 or kernel not in ("overlap", "rbf"):
-        raise ValueError(f"search: batch {batch} must be at least 1, kernel {kernel!r} 'overlap' or 'rbf'")
-    seed, history = int(rng.integers(2 ** 63)), [evaluated(*e[:2], penalty) for e in history]
-    design = initial_design(penalty, seed)
-    while len(history) < n_evaluations:
-        n, seen = len(history), {e.options for e in history}
-        if n < len(design):
-            proposals = [o for o in design if o not in seen][:len(design) - n]
-        else:
-            begun = (n - len(design)) % batch                          # of a batch that was cut off, if it is one
-            proposals = propose(history[:n - begun], penalty, seed, ref, kernel, batch)
-            if [e.options for e in history[n - begun:]] != proposals[:begun]:
-                begun, proposals = 0, propose(history, penalty, seed, ref, kernel, batch)
-            proposals = proposals[begun:]
-        if not proposals:
-            warnings.warn(f"search: the space is exhausted, all {n} configurations are scored", stacklevel=2)
-            break
-        proposals = proposals[:n_evaluations - n]
-        for options, loss_db in zip(proposals, map(score, proposals)):
-            history.append(evaluated(options, loss_db, penalty))
-    return history
+    total = sum(table["sites"][site][0] for site in sites)
+    return [np.array([math.inf if ms is None or [site, k] in diverged else ms / total
+                      for k, ms in enumerate(table["sites"][site])]) for site in sites]
+
+
+def total_penalty(penalty, options):
+    """Objective 2 of one configuration: the sum of its sites' penalties."""
+    return float(sum(p[o] for p, o in zip(penalty, options)))
 
 
 def evaluated(options, loss_db, penalty):
@@ -290,13 +276,8 @@ def evaluated(options, loss_db, penalty):
     options = tuple(map(int, options))
     found = Evaluation(options, float(loss_db), total_penalty(penalty, options))
     if not np.isfinite(found[1:]).all():
-        raise ValueError(f"search: configuration {options} has score {loss_db}, penalty {found.penalty}: not finite")
+        raise ValueError(f"search: {options} has score {loss_db} and penalty {found.penalty}: not finite")
     return found
-
-
-def total_penalty(penalty, options):
-    """Objective 2 of one configuration: the sum of its sites' penalties."""
-    return float(sum(p[o] for p, o in zip(penalty, options)))
 
 
 def available(penalty):
@@ -311,40 +292,6 @@ def initial_design(penalty, seed):
     spread = [[int(o[c]) for o, c in zip(options, row)] for row in decode(sobol, [len(o) for o in options])]
     rows = [[int(o[0]) for o in options], [int(p.argmin()) for p in penalty], *spread]
     return list(dict.fromkeys(map(tuple, rows)))[:INITIAL + 2]
-
-
-def propose(history, penalty, seed, ref=None, kernel="overlap", batch=1):
-    """The next `batch` configurations, greedily: each supposes that those before score their posterior median.
-
-    (The "kriging believer" of Ginsbourger et al. 2010.) Fewer when the space ends.
-    """
-    believed = list(history)
-    while len(believed) < len(history) + batch:
-        following = best_candidate(believed, penalty, seed, ref, kernel)
-        if following is None:
-            break
-        believed.append(following)
-    return [e.options for e in believed[len(history):]]
-
-
-def best_candidate(history, penalty, seed, ref, kernel):
-    """The candidate of largest EHVI, with its posterior median for a score; None when all are scored.
-
-    When EHVI is nil for every candidate, the one the GP knows least about.
-    """
-    rng = np.random.default_rng([seed, len(history)])
-    Y = np.array([(e.loss_db, e.penalty) for e in history])
-    front = [history[i].options for i in np.flatnonzero(pareto_mask(Y))]
-    pool = candidates(front, available(penalty), {e.options for e in history}, rng)
-    if not pool:
-        return None
-    draws = norm.ppf(qmc.Sobol(2, seed=rng).random(DRAWS).clip(1e-9, 1 - 1e-9))
-    losses, penalties, std = outcomes(history, pool, penalty, kernel, draws)
-    boxes = free_boxes(Y, default_ref(history, penalty) if ref is None else ref)
-    parts = [slice(i, i + 1000) for i in range(0, len(pool), 1000)]    # bounds the memory
-    gain = np.concatenate([mean_improvement(losses[part], penalties[part], boxes) for part in parts])
-    best = int(gain.argmax() if gain.max() > 0 else std.argmax())
-    return evaluated(pool[best], np.median(losses[best]), penalty)
 
 
 def default_ref(history, penalty):
@@ -373,37 +320,245 @@ def candidates(front, options, seen, rng):
     return pool or [c for c in product(*(map(int, o) for o in options)) if c not in seen]
 
 
-def outcomes(history, pool, penalty, kernel, draws):
-    """Both objectives of the pool under common draws (s, 2) -> losses (q, s), penalties, the loss GP's std (q,).
+def posterior(history, pool, penalty, kernel):
+    """Mean and deviation (q, 2) of both objectives of the pool, and the power that warps objective 1.
 
-    Penalties are exact, (q, 1), unless kernel is "rbf". Losses are drawn where the GP is normal and then unwarped:
-    in dB a wide posterior is so lopsided that its standard deviation would promise losses far below 0.
+    Penalties are known exactly, so their deviation is 0, unless kernel is "rbf".
     """
     n_options = [len(p) for p in penalty]
     X, Q = np.array([e.options for e in history]), np.array(pool)
     if kernel == "rbf":
         X, Q = encode(X, n_options), encode(Q, n_options)
     gp = gp_fit(X, [e.loss_db for e in history], kernel, warped=kernel == "overlap")
-    mean, std = gp_predict(gp, Q)
-    losses = unwarp(mean[:, None] + std[:, None] * draws[:, 0], gp.power)
-    if kernel == "rbf":
-        cost, width = gp_predict(gp_fit(X, [e.penalty for e in history], kernel), Q)
-        return losses, cost[:, None] + width[:, None] * draws[:, 1], std
-    return losses, np.array([[total_penalty(penalty, o)] for o in pool]), std
+    loss = gp_predict(gp, Q)
+    cost = (gp_predict(gp_fit(X, [e.penalty for e in history], kernel), Q) if kernel == "rbf" else
+            (np.array([total_penalty(penalty, o) for o in pool]), np.zeros(len(pool))))
+    return np.stack([loss[0], cost[0]], 1), np.stack([loss[1], cost[1]], 1), gp.power
 
 
-def knee(front, count):
-    """Indices of the `count` best compromises of `front` (n, 2), best first: those furthest below the chord."""
-    return [int(i) for i in np.argsort(-below_chord(front), kind="stable")[:count]]
+def best_candidate(history, penalty, seed, ref, kernel):
+    """The candidate of largest EHVI, with its posterior median for a score; None when all are scored.
+
+    When EHVI is nil for every candidate, the one the GP knows least about.
+    """
+    rng = np.random.default_rng([seed, len(history)])
+    Y = np.array([(e.loss_db, e.penalty) for e in history])
+    front = [history[i].options for i in np.flatnonzero(pareto_mask(Y))]
+    pool = candidates(front, available(penalty), {e.options for e in history}, rng)
+    if not pool:
+        return None
+    draws = norm.ppf(qmc.Sobol(2, seed=rng).random(DRAWS).clip(1e-9, 1 - 1e-9))
+    mean, std, power = posterior(history, pool, penalty, kernel)
+    boxes = free_boxes(Y, default_ref(history, penalty) if ref is None else ref)
+    parts = [slice(i, i + 1000) for i in range(0, len(pool), 1000)]    # bounds the memory
+    gain = np.concatenate([mc_ehvi(mean[part], std[part], draws, boxes, power) for part in parts])
+    best = int(gain.argmax() if gain.max() > 0 else std[:, 0].argmax())
+    return evaluated(pool[best], unwarp(mean[best, 0], power), penalty)
+
+
+def propose(history, design, penalty, seed, ref=None, kernel="overlap", batch=1):
+    """The next `batch` configurations: of the design as long as history is shorter, then the best candidates.
+
+    Each of these supposes that those before it score their posterior median (the "kriging believer" of
+    Ginsbourger et al. 2010). Fewer where the design or the space ends.
+    """
+    if len(history) < len(design):
+        seen = {e.options for e in history}
+        return [o for o in design if o not in seen][:min(batch, len(design) - len(history))]
+    believed = list(history)
+    while len(believed) < len(history) + batch:
+        following = best_candidate(believed, penalty, seed, ref, kernel)
+        if following is None:
+            break
+        believed.append(following)
+    return [e.options for e in believed[len(history):]]
+
+
+def search(score, penalty, n_evaluations, rng, ref=None, history=(), kernel="overlap", batch=1, map=map,
+           each=None):
+    """Spend `n_evaluations` scores on the front of (loss_db, penalty) -> [Evaluation, ...] in order.
+
+    score(options: tuple of int) -> dB, finite; penalty: one array per site, the sum of whose entries is
+    objective 2; an option of infinite penalty is never proposed. ref (2,): reference point, default 1.1 x
+    the worst of base and all-fastest. rng: one draw from it decides everything, so the same rng and history
+    (which counts towards n_evaluations) give the same proposals. `batch` of them are made at once; `map`
+    (score, proposals) may score them in parallel; each(history) is called after every batch, to save or to
+    show. Warns and ends early when the space is exhausted. kernel="rbf" is the paper's plain form: GPs on the
+    relaxed vector for both objectives.
+    """
+    penalty = [np.asarray(p, dtype=float) for p in penalty]
+    if not penalty or not all(np.isfinite(p).any() and (p > -np.inf).all() for p in penalty):
+        raise ValueError("search: every site needs an option of finite penalty, and none may be NaN or -inf")
+    if batch < 1 or kernel not in ("overlap", "rbf"):
+        raise ValueError(f"search: batch {batch} must be at least 1, kernel {kernel!r} 'overlap' or 'rbf'")
+    design = initial_design(penalty, seed := int(rng.integers(2 ** 63)))
+    history = [evaluated(*e[:2], penalty) for e in history]
+    if len(design) < len(history) < n_evaluations:                     # a batch cut off is begun anew
+        del history[len(history) - (len(history) - len(design)) % batch:]
+    while len(history) < n_evaluations:
+        count = min(batch, n_evaluations - len(history))
+        proposals = propose(history, design, penalty, seed, ref, kernel, count)
+        if not proposals:
+            warnings.warn(f"search: the space is exhausted, all {len(history)} configurations are scored",
+                          stacklevel=2)
+            break
+        history += [evaluated(o, loss_db, penalty) for o, loss_db in zip(proposals, map(score, proposals))]
+        if each:
+            each(history)
+    return history
+
+
+def front_of(Y):
+    """Indices of the Pareto front of Y (n, 2), ascending in objective 2."""
+    front = np.flatnonzero(pareto_mask(Y))
+    return front[np.argsort(np.asarray(Y)[front, 1], kind="stable")].tolist()
 
 
 def below_chord(front):
-    """(n, 2) -> how far below the chord between the front's two ends, along an axis, both scaled to [0, 1] over the front."""
+    """(n, 2) -> (n,) distance below the chord between the front's ends, along an axis scaled to [0, 1]."""
     front = _objectives(front)
     if not np.isfinite(front).all():
         raise ValueError("knee: objectives must be finite")
     span = np.ptp(front, axis=0)
-    return 1 - ((front - front.min(0)) / np.where(span > 0, span, 1)).sum(1)            # the chord runs from (0, 1) to (1, 0)
+    return 1 - ((front - front.min(0)) / np.where(span > 0, span, 1)).sum(1)    # the chord: (0, 1) to (1, 0)
+
+
+def knee(front, count):
+    """Indices of the `count` best compromises of `front` (n, 2), best first: furthest below the chord."""
+    return [int(i) for i in np.argsort(-below_chord(front), kind="stable")[:count]]
+
+
+# ----------------------------------------------------------------------- the picture of a front
+
+# Okabe & Ito's colours, apart for every kind of colour vision; shapes, dashes and lightness differ as
+# well, for print.
+INK, GREY, SKY, BLUE, ORANGE = "#222222", "#b0b0b0", "#56b4e9", "#0072b2", "#d55e00"
+LEFT, TOP, RIGHT, BOTTOM = 80, 45, 868, 500          # the plot area, in SVG units
+
+
+class Mark(NamedTuple):
+    """Points of one kind in a picture, their name in the legend, and a label beside the first."""
+    kind: str                   # "dot", "ring", "square", "diamond" or "hollow" (diamond)
+    size: float                 # SVG units
+    colour: str
+    legend: str
+    points: object              # (., 2)
+    label: str = ""
+
+
+def ticks(low, high, most=6):
+    """Round numbers in [low, high], at most about `most`."""
+    raw = (high - low) / most
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
+
+
+def svg_mark(kind, x, y, size, colour):
+    """One mark around (x, y) as SVG text."""
+    if kind in ("dot", "ring"):
+        fill, stroke = (colour, "none") if kind == "dot" else ("none", colour)
+        return (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size}" fill="{fill}" stroke="{stroke}" '
+                'stroke-width="2"/>')
+    corners = ((-1, -1), (1, -1), (1, 1), (-1, 1)) if kind == "square" else ((0, -1), (1, 0), (0, 1), (-1, 0))
+    path = " ".join(f"{x + size * i:.1f},{y + size * j:.1f}" for i, j in corners)
+    fill, stroke = (colour, "white") if kind == "diamond" else ("white", colour)
+    return f'<polygon points="{path}" fill="{fill}" stroke="{stroke}" stroke-width="2"/>'
+
+
+def svg_line(path, colour, dash="none", width=2.5):
+    """An open path as SVG text; dash: lengths on and off."""
+    return (f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="{width}" '
+            f'stroke-dasharray="{dash}"/>')
+
+
+def svg_text(x, y, text, anchor="middle", size=15):
+    """Lines of text at (x, y), in a white halo that parts them from what lies beneath."""
+    lines = "".join(f'<tspan x="{x:.1f}" dy="{1.25 * size if i else 0}">{escape(line)}</tspan>'
+                    for i, line in enumerate(text.split("\n")))
+    return (f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{INK}" '
+            f'stroke="white" stroke-width="4" paint-order="stroke">{lines}</text>')
+
+
+def svg_axes(x_range, y_range, at, x_label, y_label):
+    """Grid, numbers, frame and labels of the plot, as SVG parts; at(x, y) -> SVG units."""
+    parts = []
+    for x, value in ((at(value, 0)[0], value) for value in ticks(*x_range)):
+        parts += [svg_line(f"M{x:.1f} {TOP}V{BOTTOM}", "#eeeeee", width=1),
+                  svg_text(x, BOTTOM + 20, f"{value:.7g}")]
+    for y, value in ((at(0, value)[1], value) for value in ticks(*y_range)):
+        parts += [svg_line(f"M{LEFT} {y:.1f}H{RIGHT}", "#eeeeee", width=1),
+                  svg_text(LEFT - 8, y + 5, f"{value:.7g}", "end")]
+    return [*parts, svg_line(f"M{LEFT} {TOP}H{RIGHT}V{BOTTOM}H{LEFT}Z", INK, width=1),
+            svg_text((LEFT + RIGHT) / 2, BOTTOM + 50, x_label, size=18),
+            svg_text(LEFT, TOP - 18, y_label, "start", 18)]
+
+
+def svg_labels(labels):
+    """Texts beside marks [(x, y, text)], each towards the middle of the plot, above those in its way."""
+    parts, taken = [], []
+    for x, y, text in labels:
+        side, height = 1 if x < (LEFT + RIGHT) / 2 else -1, 19 * (1 + text.count("\n"))
+        top = max(y - height, TOP + 18)
+        while any(abs(x - other) < 250 and low - height < top < high for other, low, high in taken):
+            top -= 19
+        taken.append((x, top, top + height))
+        parts.append(svg_text(x + 16 * side, top, text, "start" if side > 0 else "end"))
+    return parts
+
+
+def staircase(front):
+    """The border of what a front (in SVG units) dominates, from the top of the plot to its right side."""
+    corners = zip(front, [x for x, _ in front[1:]] + [RIGHT])
+    return f"M{front[0][0]:.1f} {TOP}" + "".join(f"V{y:.1f}H{x:.1f}" for (_, y), x in corners)
+
+
+def svg_legend(marks, lines):
+    """Marks, then (name, colour, dash) of lines, below the axis in three columns, as SVG parts."""
+    spots = [(LEFT + 22 + i // 3 * (RIGHT - LEFT) / 3, BOTTOM + 84 + i % 3 * 26)
+             for i in range(len(marks) + len(lines))]
+    symbols = [svg_mark(mark.kind, x, y, mark.size, mark.colour) for mark, (x, y) in zip(marks, spots)]
+    symbols += [svg_line(f"M{x - 22} {y}h44", *line[1:]) for line, (x, y) in zip(lines, spots[len(marks):])]
+    names = [mark.legend for mark in marks] + [line[0] for line in lines]
+    return symbols + [svg_text(x + 30, y + 5, name, "start") for name, (x, y) in zip(names, spots)]
+
+
+def ranges(points, seen):
+    """What the plot shows, two (low, high): all x of points (n, 2), the y of `seen` and half more."""
+    xs, low, high = points[:, 0], min(0.0, seen[:, 1].min()), max(1.5 * seen[:, 1].max(), 0.1)
+    margin = 0.06 * (max(np.ptp(xs), 0.1 * xs.max()) or 1.0)
+    return (xs.min() - margin, xs.max() + margin), (low - 0.08 * (high - low), high)
+
+
+def front_svg(points, counts, marks, x_label, y_label):
+    """A search as a picture, SVG text: every point, how the front grew, and marked points.
+
+    points (n, 2): x and y, both minimised, in the order they were scored; counts: the front is shown after
+    each, at most three; marks [Mark, ...]. What lies far above the last front and the marks is cut off.
+    """
+    points = np.asarray(points, dtype=float)
+    fronts = [points[front_of(points[:n, ::-1])] for n in counts]
+    seen = np.concatenate([fronts[-1], *(np.asarray(mark.points, dtype=float) for mark in marks)])
+    (left, right), (low, high) = ranges(points, seen)
+
+    def at(x, y):
+        return (LEFT + (x - left) / (right - left) * (RIGHT - LEFT),
+                BOTTOM - (y - low) / (high - low) * (BOTTOM - TOP))
+
+    above = int((points[:, 1] > high).sum())
+    marks = [Mark("dot", 3, GREY, f"scored ({above} of {len(points)} are above)", points),
+             Mark("dot", 4, INK, "final front", fronts[-1]), *marks]
+    drawn = [[svg_mark(mark.kind, *at(*p), mark.size, mark.colour) for p in mark.points] for mark in marks]
+    styles = ((SKY, "2 4"), (BLUE, "9 5"), (INK, "none"))[-len(counts):]
+    stairs = [svg_line(staircase([at(*p) for p in front]), *style) for front, style in zip(fronts, styles)]
+    labels = svg_labels([(*at(*mark.points[0]), mark.label) for mark in marks if mark.label])
+    box = f'<rect x="{LEFT}" y="{TOP}" width="{RIGHT - LEFT}" height="{BOTTOM - TOP}"/>'
+    lines = [(f"front after {n} scored", *style) for n, style in zip(counts, styles)]
+    return "\n".join([
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 650" font-family="sans-serif">',
+        f'<rect width="900" height="650" fill="white"/><clipPath id="plot">{box}</clipPath>',
+        *svg_axes((left, right), (low, high), at, x_label, y_label), '<g clip-path="url(#plot)">',
+        *drawn[0], *stairs, *sum(drawn[1:], []), "</g>", *labels, *svg_legend(marks, lines), "</svg>", ""])
 
 
 # ------------------------------------------------------------------- a problem with a known answer
@@ -411,8 +566,9 @@ def below_chord(front):
 def landscape(rng, d=8, k=7):
     """A made problem, all k^d configurations enumerated -> (losses (k,)*d, penalties, one (k,) per site).
 
-    Loss 10 log10 max(1 + sum_i e_i + sum_{i<j} z_ij sqrt(e_i e_j), 0.5), e_i of each option lognormal(-2.5, 0.9),
-    0 for the base; z_ij of each two options normal(0, 0.3). Penalties: a site's share times 1 or uniform(0.2, 0.9).
+    Loss 10 log10 max(1 + sum_i e_i + sum_{i<j} z_ij sqrt(e_i e_j), 0.5), e_i of each option
+    lognormal(-2.5, 0.9), 0 for the base; z_ij of each two options normal(0, 0.3). Penalties: a site's share
+    times 1 or uniform(0.2, 0.9).
     """
     penalty = [np.concatenate([[1.0], rng.uniform(0.2, 0.9, k - 1)]) * w for w in rng.dirichlet(np.ones(d))]
     error = [np.concatenate([[0.0], rng.lognormal(-2.5, 0.9, k - 1)]) for _ in range(d)]
@@ -454,7 +610,8 @@ def race(seeds=2, budgets=(25, 50, 100)):
         for name, run in runs.items():
             Y = np.array([e[1:] for e in run])
             shares.setdefault(name, []).append([hypervolume(Y[:b], ref) / best for b in budgets])
-    print(f"share of the exact hypervolume after {budgets} of {losses.size:,} configurations, mean of {seeds} seeds")
+    print(f"share of the exact hypervolume after {budgets} of {losses.size:,} configurations, "
+          f"mean of {seeds} seeds")
     for name, rows in shares.items():
         print(f"{name:<24}" + "".join(f"{share:8.3f}" for share in np.mean(rows, 0)))
 
@@ -468,7 +625,7 @@ def bench(budgets=(100, 200, 400)):
         history = [Evaluation(o, np.mean(o) + rng.random(), total_penalty(penalty, o)) for o in rows]
         for n in budgets:
             started = time.perf_counter()
-            propose(history[:n], penalty, 0)
+            best_candidate(history[:n], penalty, 0, None, "overlap")
             seconds.append(time.perf_counter() - started)
         print(f"{d:>3} sites of 7 options   " + "".join(f"{s:8.2f}" for s in seconds))
 
