@@ -623,12 +623,38 @@ def made_pair(size, rng, frames=24, margin=16):
     return to_eight_bits(linear[..., inside, inside]), to_eight_bits(blur)
 
 
+def made_ahead(make, workers):
+    """make(step), computed ahead in DataLoader workers as long as steps are asked for in order."""
+    stream, due = None, None
+
+    def at(step):
+        nonlocal stream, due
+        if step != due:                           # a generator of its own leaves the global one alone
+            stream = iter(DataLoader(range(step, 2 ** 62), batch_size=None, collate_fn=make,
+                                     num_workers=workers, generator=torch.Generator()))
+        due = step + 1
+        try:
+            return next(stream)
+        except InputError as error:               # torch puts the worker's traceback before the line
+            raise InputError(str(error).strip().splitlines()[-1].split("InputError: ", 1)[-1]) from None
+
+    return at
+
+
+def numbered_pair(seed, stream, size, number):
+    return made_pair(size, np.random.default_rng([seed, stream, number]))
+
+
 def made_pairs(seed, split, count, size):
-    """The first `count` made pairs of a split, `size` pixels a side; each by (seed, split, its number)."""
-    stream, pairs = ("train", "val", "test").index(split), []
-    tick = progress(f"making {split} pairs", count)
+    """The first `count` made pairs of a split, `size` pixels a side; each by (seed, split, its number).
+
+    Many are made by a process per core; their images are copied, since each holds a file open until then.
+    """
+    make = functools.partial(numbered_pair, seed, ("train", "val", "test").index(split), size)
+    make = made_ahead(make, min(8, os.cpu_count() or 1)) if count > 16 else make
+    tick, pairs = progress(f"making {split} pairs", count), []
     for i in range(count):
-        pairs.append(made_pair(size, np.random.default_rng([seed, stream, i])))
+        pairs.append(tuple(image.clone() for image in make(i)))
         tick(i + 1)
     return pairs
 
@@ -855,24 +881,6 @@ def random_crops(pairs, seed, crop, batch, share, read, step):
     return [torch.stack(images) for images in zip(*taken)]
 
 
-def made_ahead(make, workers):
-    """make(step), computed ahead in DataLoader workers as long as steps are asked for in order."""
-    stream, due = None, None
-
-    def at(step):
-        nonlocal stream, due
-        if step != due:                           # a generator of its own leaves the global one alone
-            stream = iter(DataLoader(range(step, 2 ** 62), batch_size=None, collate_fn=make,
-                                     num_workers=workers, generator=torch.Generator()))
-        due = step + 1
-        try:
-            return next(stream)
-        except InputError as error:               # torch puts the worker's traceback before the line
-            raise InputError(str(error).strip().splitlines()[-1].split("InputError: ", 1)[-1]) from None
-
-    return at
-
-
 def crops(pairs, seed, crop, batch, workers=0, share=(0, 1)):
     """A function step -> (blur, sharp), each uint8 (batch, 3, crop, crop): random places, flips and turns.
 
@@ -882,7 +890,7 @@ def crops(pairs, seed, crop, batch, workers=0, share=(0, 1)):
     """
     if batch < share[1]:
         raise InputError(f"--batch {batch} is too small for {share[1]} ranks: give at least as many crops")
-    read = load_pair if workers else functools.lru_cache(32)(load_pair)
+    read = load_pair if workers else functools.lru_cache(8)(load_pair)
     make = functools.partial(random_crops, pairs, seed, crop, batch, share, read)
     return made_ahead(make, workers) if workers else make
 
@@ -1178,45 +1186,55 @@ def swap_effects(evaluation, scored, sites, profile):
             "saved_ms": {sites[i]: rows[i][0] - rows[i][evaluation.options[i]] for i in back}}
 
 
+def kept_scores(job):
+    """({options: loss_db} that an unfinished search left, keep(), which saves what is in there by then)."""
+    def keep():
+        rows = [[list(options), loss_db] for options, loss_db in scored.items()]
+        first(lambda: saved(job.out / "search.part", {"step": len(rows), "scored": rows}, job.head))
+
+    found = resumed(job, "search.part") or {"scored": []}
+    scored = {tuple(options): loss_db for options, loss_db in found["scored"]}
+    return scored, keep
+
+
+def best_compromises(history, count):
+    """(the front, at most `count` of its knee region, best first), as positions in history."""
+    Y = np.array([e[1:] for e in history])
+    front = search.front_of(Y)
+    ranked = [front[i] for i in search.knee(Y[front], len(front))]
+    return front, [i for i in ranked if any(history[i].options)][:count] or ranked[:1]
+
+
 def stage_search(job, base, saliency, profile, distill):
     """Section II-C: Bayesian search over all configurations; scored by plug-and-play passes."""
     config, sites, net = job.config, saliency["sites"], base_net(base, job.device)
     penalty = search.penalties(profile, sites, distill["diverged"])
     val = [load_pair(pair) for pair in job.pairs("val")]
     base_db, score = scorer(net, trained_surrogates(net, distill, config.seed), sites, val, job.device)
-    found = resumed(job, "search.part") or {"scored": []}
-    scored = {tuple(options): loss_db for options, loss_db in found["scored"]}
+    scored, keep = kept_scores(job)
     history = [search.evaluated(*item, penalty) for item in list(scored.items())[:config.evaluations]]
     tick = progress("search", config.evaluations, len(history))
-
-    def keep():
-        rows = [[list(options), loss_db] for options, loss_db in scored.items()]
-        state = {"step": len(rows), "scored": rows}
-        first(lambda: saved(job.out / "search.part", state, job.head))
 
     def each(history):
         scored.update((e.options, e.loss_db) for e in history)
         keep()
-        Y, ref = np.array([e[1:] for e in history]), search.default_ref(history, penalty)
-        volume = f"hypervolume {search.hypervolume(Y, ref):.3f}"
-        tick(len(history), lambda: f"front {len(search.front_of(Y))}, {volume}")
+        volume = search.hypervolume([e[1:] for e in history], search.default_ref(history, penalty))
+        tick(len(history), lambda: f"hypervolume {volume:.3f}")
 
     with warnings.catch_warnings(record=True) as ended:
         history = search.search(score, penalty, config.evaluations, np.random.default_rng(config.seed),
                                 history=history, batch=world(), map=share_out, each=each)
     for warning in ended:
         say(str(warning.message))
-    Y, ref = np.array([e[1:] for e in history]), search.default_ref(history, penalty)
-    front = search.front_of(Y)
-    ranked = [front[i] for i in search.knee(Y[front], len(front))]
-    knee = [i for i in ranked if any(history[i].options)][:config.candidates] or ranked[:1]   # not the base
-    new = [o for i in knee for o in taken_back(history[i].options).values() if o not in scored]
-    new = list(dict.fromkeys(new))
-    for chunk in (new[i:i + world()] for i in range(0, len(new), world())):
+    front, knee = best_compromises(history, config.candidates)
+    new = dict.fromkeys(o for i in knee for o in taken_back(history[i].options).values() if o not in scored)
+    for i in range(0, len(new), world()):
+        chunk = list(new)[i:i + world()]
         scored.update(zip(chunk, share_out(score, chunk)))
         keep()
     rows = [{"options": list(e.options), "loss_db": e.loss_db, "penalty": e.penalty,
              "latency_ms": profile_device.network_ms(profile, choice_of(sites, e.options))} for e in history]
+    Y, ref = np.array([e[1:] for e in history]), search.default_ref(history, penalty)
     return {"sites": sites, "evaluations": rows, "front": front, "knee": knee, "base_val_db": base_db,
             "space": math.prod(map(len, search.available(penalty))), "ref": ref.tolist(),
             "hypervolume": search.hypervolume(Y, ref), "below_chord": search.below_chord(Y[front]).tolist(),

@@ -35,7 +35,7 @@ from torch import nn
 PAPER_BLOCK_MS = (53.0, 15.0, 13.0, 19.0, 11.0, 9.0, 28.0)
 PAPER_BASE_MS = 177.0
 HUB_DEVICE = "Samsung Galaxy S24 Ultra"
-HUB_RUNTIMES = ("tflite", "qnn_context_binary", "onnx")
+HUB_RUNTIMES = ("tflite", "qnn_dlc", "qnn_context_binary", "onnx")
 
 
 class HubError(Exception):
@@ -617,24 +617,15 @@ def kendall_tau(x, y):
     return ((a * b).sum() / (a.abs().sum() * b.abs().sum()).sqrt()).item()
 
 
-def time_nets(entries, device="cpu", rounds=12, most=72, enough=0.9, seconds=40.0):
+def time_nets(entries, device="cpu", rounds=36):
     """Whole nets {name: (deployed net, shape)} -> ({name: ms}, Kendall's tau of two halves of the rounds).
 
-    Each half is measured in a process of its own. What does not repeat itself, no prediction can tell: while
-    tau (without the net "base") is below `enough`, two processes more take another `rounds` each, up to
-    `most` in all, and for as long as that fits in `seconds`.
+    Each half is measured in a process of its own. What does not repeat itself, no prediction can tell:
+    tau (without the net "base") bounds what the sums can reach.
     """
-    halves, repeat_tau = [{name: [] for name in entries} for _ in range(2)], -math.inf
-    begun, pair_s = time.monotonic(), 0.0
-    while (repeat_tau < enough and 2 * len(halves[0]["base"]) < most
-           and time.monotonic() - begun + pair_s < seconds):
-        started = time.monotonic()
-        for half in halves:
-            more = alone(time_together, entries, device, rounds, warmup=1, calls=1)
-            half.update({name: half[name] + more[name] for name in entries})
-        pair_s = time.monotonic() - started
-        pair = [settled({name: ms for name, ms in half.items() if name != "base"}) for half in halves]
-        repeat_tau = kendall_tau(*(list(ms.values()) for ms in pair))
+    halves = [alone(time_together, entries, device, rounds // 2, warmup=1, calls=1) for _ in range(2)]
+    pair = [settled({name: ms for name, ms in half.items() if name != "base"}) for half in halves]
+    repeat_tau = kendall_tau(*(list(ms.values()) for ms in pair))
     return settled({name: halves[0][name] + halves[1][name] for name in entries}), repeat_tau
 
 

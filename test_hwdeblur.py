@@ -668,7 +668,7 @@ class Profile(unittest.TestCase):
         base, saliency = {"params": self.net.state_dict()}, {"sites": self.sites}
         table = table or hwdeblur.stage_profile(job, base, saliency)
         nets = {name: self.deployed(choice) for name, choice in self.CHOICES.items()}
-        once = functools.partial(profile_device.time_nets, enough=-1)
+        once = functools.partial(profile_device.time_nets, rounds=8)
         with mock.patch.object(profile_device, "time_nets", once):
             return table, *hwdeblur.measure_nets(job, table, nets, self.CHOICES, count)
 
@@ -779,29 +779,20 @@ class Profile(unittest.TestCase):
         self.assertGreater(min(measured.values()), 0)
         self.assertEqual(table["options"], [block.__name__ for block in blocks.BLOCKS])
 
-    def test_rounds_go_on_until_the_measurement_repeats_itself(self):
-        """Nets of 1 to 9 ms; the first two processes tell nothing about them, the next four all."""
-        names, asked = ["base", *range(8)], []
-        ms = np.arange(1.0, 10)[:, None].repeat(12, 1)
-        batches = [*np.random.default_rng(0).uniform(1, 9, (2, 9, 12)), ms, ms, ms, ms]
+    def test_whole_nets_are_timed_in_two_processes_whose_agreement_is_told(self):
+        names, asked, rng = ["base", *range(8)], [], np.random.default_rng(0)
+        batches = [np.arange(1.0, 10)[:, None] * rng.uniform(1, 1.6, (9, 18)) for _ in range(2)]
 
-        def next_rounds(call, entries, device, rounds, **_):
-            asked.append(rounds)
+        def next_rounds(call, entries, device, rounds, **more):
+            asked.append((call, rounds, more))
             return dict(zip(entries, batches[len(asked) - 1].tolist()))
 
-        def repeat_tau(count):
-            halves = [dict(enumerate(np.hstack(batches[i:count:2])[1:].tolist())) for i in (0, 1)]
-            return kendalltau(*(list(profile_device.settled(half).values()) for half in halves)).statistic
-
-        self.enterContext(mock.patch.object(profile_device, "alone", next_rounds))
-        clock = self.enterContext(mock.patch.object(profile_device, "time"))
-        clock.monotonic = lambda: 5.0 * len(asked)                 # every process takes 5 s
-        for enough, seconds, count in ((-1, 99, 2), (repeat_tau(4), 99, 4), (1.1, 99, 6), (1.1, 30, 4)):
-            asked.clear()
-            measured, found = profile_device.time_nets(names, enough=enough, seconds=seconds)
-            self.assertEqual((asked, list(measured)), ([12] * count, names))
-            self.assertAlmostEqual(found, repeat_tau(count))
-        self.assertLess(repeat_tau(2), repeat_tau(4))
+        with mock.patch.object(profile_device, "alone", next_rounds):
+            measured, repeat_tau = profile_device.time_nets(names)
+        self.assertEqual(asked, [(profile_device.time_together, 18, {"warmup": 1, "calls": 1})] * 2)
+        halves = [profile_device.settled(dict(enumerate(batch[1:].tolist()))) for batch in batches]
+        self.assertAlmostEqual(repeat_tau, kendalltau(*(list(half.values()) for half in halves)).statistic)
+        self.assertEqual(measured, profile_device.settled(dict(zip(names, np.hstack(batches).tolist()))))
 
 
 class Loopback(http.server.BaseHTTPRequestHandler):
@@ -1124,6 +1115,9 @@ class Data(unittest.TestCase):
         a, b, c = (hwdeblur.made_pair(32, np.random.default_rng(seed)) for seed in (1, 1, 2))
         self.assertTrue(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]))
         self.assertFalse(torch.equal(a[0], c[0]) or torch.equal(a[0], a[1]))
+        # seventeen are made by processes, two are not
+        many, few = (quiet(hwdeblur.made_pairs, 3, "val", count, 16) for count in (17, 2))
+        self.assertEqual(hwdeblur.digest(many[:2]), hwdeblur.digest(few))
 
     def test_a_blurred_pair_keeps_its_light(self):
         for seed in range(4):
