@@ -420,7 +420,8 @@ def loaded(path, head):
     with contextlib.suppress(Exception):          # odd entries have no digest
         whole = content["checksum"] == digest({k: v for k, v in content.items() if k != "checksum"})
     if not whole:
-        raise InputError(f"{path} is damaged, or was changed after it was written: {remedy}")
+        raise InputError(f"{path} is damaged, was changed after it was written, or is of another version: "
+                         + remedy)
     for key, value in head.get("config", {}).items():
         if content["config"].get(key) != value:
             raise InputError(f"{path} was made with {flag(key)} {shown(content['config'].get(key))}, not "
@@ -1397,17 +1398,15 @@ def markdown(head, rows):
 def figures(m):
     """Size, latency and scores of one net of stage evaluate, as text by name."""
     ms = "not measured" if m["latency_ms"] is None else f"{m['latency_ms']:.1f}"
-    forms = {"params": ",", "mb": ".2f", "gmacs": ".2f", "predicted_ms": ".1f", "psnr_db": ".2f",
-             "ssim": ".4f"}
+    forms = dict(params=",", mb=".2f", gmacs=".2f", predicted_ms=".1f", psnr_db=".2f", ssim=".4f")
     return {"ms": ms, "millions": f"{m['params'] / 1e6:.3f}",
             **{key: f"{m[key]:{form}}" for key, form in forms.items()}}
 
 
 def gain_table(evaluate):
     """The answer to 'what did I gain', as a Markdown table."""
-    columns = {"params": "params", "mb": "MB", "gmacs": "GMACs", "ms": "measured ms",
-               "predicted_ms": "predicted ms",
-               "psnr_db": "PSNR dB", "ssim": "SSIM"}
+    columns = dict(params="params", mb="MB", gmacs="GMACs", ms="measured ms", predicted_ms="predicted ms",
+                   psnr_db="PSNR dB", ssim="SSIM")
     blurred = "{psnr_db:.2f} {ssim:.4f}".format(**evaluate["blurred"]).split()
     rows = [[name, *(figures(evaluate[name])[key] for key in columns)] for name in ("base", "chosen")]
     return markdown(["", *columns.values()], [["blurred input", *[""] * 5, *blurred], *rows])
@@ -1433,13 +1432,11 @@ def score_cell(score):
 def test_tables(tests, gmacs, frame):
     """Tables 4 and 5: the paper's rows and ours for each --test set -> Markdown parts, none without sets.
 
-    tests {NAME: score_nets}; gmacs {net: GMACs at frame}. Table 5 is for the names of its columns, Table 4
-    for all others.
+    tests {NAME: score_nets}; gmacs {net: GMACs at frame}. Table 5 is for DPDD, Table 4 for the rest.
     """
-    defocus = [name for name in tests if name in PAPER_TABLE_5.splitlines()[0]]
-    parts = []
-    for title, paper, names in (("4", PAPER_TABLE_4, [name for name in tests if name not in defocus]),
-                                ("5 (defocus)", PAPER_TABLE_5, defocus)):
+    defocus, parts = [name for name in tests if name in ("DPDD-indoor", "DPDD-outdoor")], []
+    motion = [name for name in tests if name not in defocus]
+    for title, paper, names in (("4", PAPER_TABLE_4, motion), ("5 (defocus)", PAPER_TABLE_5, defocus)):
         if names:
             rows = [[f"{net}, here", *(score_cell(tests[name][net]) for name in names),
                      f"{gmacs[net]:.1f}" if net in gmacs else ""]
@@ -1462,8 +1459,8 @@ def saliency_section(saliency):
     return ["## Table 1: saliency per stage",
             f"{best} has the best mean rank over the six measures, {ranks[best]:.2f}; next is {second}, "
             f"{ranks[second]:.2f}. So {' '.join(kept)} stays as it is, and the other "
-            f"{len(saliency['sites'])} blocks "
-            "are the sites of the search. In the paper: enc3, 1.33; next is dec1, 3.83.",
+            f"{len(saliency['sites'])} blocks are the sites of the search. In the paper: enc3, 1.33; next is "
+            "dec1, 3.83.",
             markdown(["stage", *totals, "mean rank"], rows), PAPER_TABLE_1]
 
 
@@ -1504,8 +1501,7 @@ def front_section(found, diverged, pick):
             f"{len(rows)} of {found['space']:,} configurations were scored; {len(found['front'])} are on the "
             f"front. Hypervolume {found['hypervolume']:.3f}; its reference point: {ref[0]:.2f} dB, and "
             f"{ref[1]:.2f} times the latency of the base net's blocks.",
-            *([f"Left out of the search, as their surrogates diverged: option {left_out}."] if diverged
-              else []),
+            *[f"Left out of the search, as their surrogates diverged: option {left_out}."] * bool(diverged),
             "![front](pareto.svg)", why]
 
 
@@ -1518,10 +1514,10 @@ def nets_section(evaluate, finetune, found, profile, steps):
 
     base, candidates, picked = evaluate["base"], finetune["candidates"], finetune["picked"]
     rows = [row("base", [0] * len(found["sites"]), base["predicted_ms"], found["base_val_db"], "", base)]
-    rows += [row(f"candidate {n + 1}" + " (chosen)" * (n == picked), c["options"], c["latency_ms"],
-                 c["val_before_db"],
-                 f"{c['val_after_db']:.2f}", evaluate["chosen"] if n == picked else None)
-             for n, c in enumerate(candidates)]
+    for n, c in enumerate(candidates):
+        name, on_test = (" (chosen)", evaluate["chosen"]) if n == picked else ("", None)
+        rows.append(row(f"candidate {n + 1}{name}", c["options"], c["latency_ms"], c["val_before_db"],
+                        f"{c['val_after_db']:.2f}", on_test))
     gains = [c["val_after_db"] - c["val_before_db"] for c in candidates]
     rest = (f"plus {profile['rest_ms']:.1f} ms for the rest of the net" if profile["rest_ms"] else
             "alone: there is no figure for the rest of the net")
@@ -1553,8 +1549,7 @@ def site_section(saliency, profile, found, finetune):
             markdown(["site", "saliency rank", "base ms", "choice", "its ms", "net, ms", "net, dB"], rows),
             "What each swap alone changes in predicted latency of the net and in PSNR on validation, before "
             "fine-tuning: measured by taking it back. Saliency rank: among the sites, mean over the six "
-            "measures; "
-            "1 is the most salient."]
+            "measures; 1 is the most salient."]
 
 
 def sums_section(sums):
