@@ -113,7 +113,7 @@ def progress(label, total, begun=0):
 
 # ------------------------------------------------------------------------------------ configuration
 
-def knob(default, stages, help, unit="", least=None, most=10 ** 9, choices=None):
+def knob(default, stages, help, least=None, most=10 ** 9, unit="", choices=None):
     """A configuration entry: all that the flag, its help and its check need.
 
     default: of the demo preset; stages: those whose artefacts depend on it, the first its heading in the
@@ -127,51 +127,42 @@ def knob(default, stages, help, unit="", least=None, most=10 ** 9, choices=None)
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that decides the result. Defaults are the demo preset, sized for two CPU cores."""
-    seed: int = knob(0, "any base adapt", "seed of every random choice", "", 0, 2 ** 32 - 1)
-    workers: int = knob(0, "any", "processes that decode training images; any number, the same batches", "",
-                        0, 256)
+    seed: int = knob(0, "any base adapt", "seed of every random choice", 0, 2 ** 32 - 1)
+    workers: int = knob(0, "any", "processes that decode training images ahead", 0, 256)
     data: str = knob("", "data",
                      "folder with train and test pairs: sibling folders or lists; none: made pairs")
-    made_train: int = knob(256, "data", "made pairs for training and distillation", "", 1)
-    made_test: int = knob(32, "data", "made pairs for validation, and as many for testing", "", 1)
-    made_size: int = knob(128, "data", "side of a made image", "pixels", 11, 4096)
-    few: int = knob(64, "data", "own training pairs below which as many made ones take half of all crops", "",
-                    0)
-    val_pairs: int = knob(16, "data", "most pairs carved from train to score the search and pick (II-C)", "",
-                          1)
+    made_train: int = knob(256, "data", "made pairs for training and distillation", 1)
+    made_test: int = knob(32, "data", "made pairs for validation, and as many for testing", 1)
+    made_size: int = knob(128, "data", "side of a made image", 11, 4096, "pixels")
+    few: int = knob(64, "data", "own training pairs below which as many made ones take half of all crops", 0)
+    val_pairs: int = knob(16, "data", "most pairs carved from train to score the search and pick (II-C)", 1)
     weights: str = knob("", "base", "pre-trained NAFNet checkpoint (authors' format); none: train one")
-    width: int = knob(16, "base", "channels of the net at full resolution", "", 1, 1024)
-    enc: tuple = knob((1, 1, 4, 1), "base", "blocks per encoder stage (small crops need theirs earlier)", "",
-                      1, 999)
-    middle: int = knob(1, "base", "blocks in the middle stage", "", 1, 999)
-    dec: tuple = knob((1, 1, 1, 1), "base", "blocks per decoder stage", "", 1, 999)
-    crop: int = knob(96, "base adapt", "side of a training crop", "pixels", 1, 4096)
-    batch: int = knob(4, "base adapt", "crops per training step", "", 1, 10 ** 5)
+    width: int = knob(16, "base", "channels of the net at full resolution", 1, 1024)
+    enc: tuple = knob((1, 1, 4, 1), "base", "blocks per encoder stage (small crops: early)", 1, 999)
+    middle: int = knob(1, "base", "blocks in the middle stage", 1, 999)
+    dec: tuple = knob((1, 1, 1, 1), "base", "blocks per decoder stage", 1, 999)
+    crop: int = knob(96, "base adapt", "side of a training crop", 1, 4096, "pixels")
+    batch: int = knob(4, "base adapt", "crops per training step", 1, 10 ** 5)
     amp: bool = knob(False, "base distill finetune adapt",
                      "train in bfloat16 (autocast): base, distill, finetune")
-    base_steps: int = knob(2400, "base", "length of base training", "steps", 0)
-    base_lr: float = knob(2e-3, "base", "first learning rate of base training, cosine to 1e-7", "", 1e-12,
-                          1e30)
-    frame: tuple = knob((256, 256), "profile adapt", "input of the profiled net (III-A), H or HxW", "pixels",
-                        1, 16384)
+    base_steps: int = knob(2100, "base", "length of base training", 0, unit="steps")
+    base_lr: float = knob(2e-3, "base", "first learning rate, cosine to 1e-7", 1e-12, 1e30)
+    frame: tuple = knob((256, 256), "profile adapt", "input of the profiled net (III-A), H or HxW", 1, 16384,
+                        "pixels")
     target: str = knob("local", "profile", "latency table: this machine, a phone, or the paper's table 2",
                        choices=("local", "qai-hub", "paper"))
     hub_device: str = knob(profile_device.HUB_DEVICE, "profile",
                            "device of AI Hub, for --target qai-hub (III-A)")
     hub_runtime: str = knob("tflite", "profile", f"runtime on it: {', '.join(profile_device.HUB_RUNTIMES)}",
                             choices=profile_device.HUB_RUNTIMES)
-    distill_share: float = knob(0.25, "distill", "share of the training pairs for distillation (III-A)", "",
-                                1e-6, 1)
-    distill_steps: int = knob(150, "distill", "length of distillation, all surrogates at once (II-B)",
-                              "steps", 0)
-    distill_lr: float = knob(4e-3, "distill", "first learning rate of distillation, cosine to 0", "", 1e-12,
-                             1e30)
-    evaluations: int = knob(100, "search", "configurations that the search scores (II-C)", "", 1)
-    candidates: int = knob(3, "search", "architectures of the knee region that are fine-tuned (II-D)", "", 1)
+    distill_share: float = knob(0.25, "distill", "share of the training pairs that it sees (III-A)", 1e-6, 1)
+    distill_steps: int = knob(150, "distill", "length of it, all surrogates at once (II-B)", 0, unit="steps")
+    distill_lr: float = knob(4e-3, "distill", "first learning rate, cosine to 0", 1e-12, 1e30)
+    evaluations: int = knob(100, "search", "configurations that the search scores (II-C)", 1)
+    candidates: int = knob(3, "search", "architectures of the knee region that are fine-tuned (II-D)", 1)
     from_: str = knob("", "finetune adapt", "a finetuned.pt to adapt to --data, without a search (III-C)")
-    finetune_steps: int = knob(240, "finetune adapt", "length of fine-tuning of each candidate", "steps", 0)
-    finetune_lr: float = knob(5e-4, "finetune adapt", "first learning rate of it, cosine to 1e-7", "", 1e-12,
-                              1e30)
+    finetune_steps: int = knob(200, "finetune adapt", "length of it, each candidate", 0, unit="steps")
+    finetune_lr: float = knob(5e-4, "finetune adapt", "first learning rate, cosine to 1e-7", 1e-12, 1e30)
     pick: str = knob("best", "finetune", "of the fine-tuned candidates: best (PSNR) or fastest (III-A)",
                      choices=("best", "fastest"))
     test: tuple = knob((), "evaluate adapt", "a further test set, folder or list; may be given several times")
@@ -1087,7 +1078,8 @@ def stage_base(job):
         net = trained(job, net, config.base_steps, config.base_lr, "base", "base.part", config.seed)
     score = evaluate(net, job.pairs("val"), job.device)
     if not math.isfinite(score["psnr_db"]):
-        raise InputError(f"base: validation gives {score['psnr_db']} dB: lower --base-lr or check --weights")
+        remedy = f"give other weights than {config.weights}" if config.weights else "lower --base-lr"
+        raise InputError(f"base: validation gives {score['psnr_db']} dB: {remedy}")
     params = state_of(net)
     return {"params": params, "arch": blocks.architecture(params), "val": score}
 
@@ -1248,9 +1240,9 @@ def stage_finetune(job, base, distill, search):
     surrogates, tuned, rows = trained_surrogates(net, distill, config.seed), [], []
     for n, i in enumerate(search["knee"], start=1):
         row = search["evaluations"][i]
-        net_before = blocks.assemble(net, surrogates, choice_of(sites, row["options"]))
-        tuned.append(trained(job, net_before, config.finetune_steps, config.finetune_lr,
-                             f"finetune {n} of {len(search['knee'])}", f"finetuned.{n}.part",
+        start = blocks.assemble(net, surrogates, choice_of(sites, row["options"]))
+        label, part = f"finetune {n} of {len(search['knee'])}", f"finetuned.{n}.part"
+        tuned.append(trained(job, start, config.finetune_steps, config.finetune_lr, label, part,
                              config.seed + 4))
         after = evaluate(tuned[-1], job.pairs("val"), job.device)["psnr_db"]
         if math.isnan(after):
@@ -1676,8 +1668,7 @@ def stage_report(job, base, saliency, profile, distill, search, finetune, evalua
     samples_picture(job.pairs("test"), *nets, job.device).save(stream, "PNG", dpi=(300, 300))
     gmacs = {name: evaluate[name]["gmacs"] for name in ("base", "chosen")}
     art = dict(base=base, saliency=saliency, profile=profile, distill=distill, search=search,
-               finetune=finetune,
-               evaluate=evaluate)
+               finetune=finetune, evaluate=evaluate)
     text = "\n\n".join([
         "# What did I gain", gain_words(evaluate), gain_table(evaluate),
         f"{evaluate['test_pairs']} test pairs ({config.data or 'made'}); frame {frame}. "

@@ -617,7 +617,7 @@ def kendall_tau(x, y):
     return ((a * b).sum() / (a.abs().sum() * b.abs().sum()).sqrt()).item()
 
 
-def time_nets(entries, device="cpu", rounds=36):
+def time_nets(entries, device="cpu", rounds=30):
     """Whole nets {name: (deployed net, shape)} -> ({name: ms}, Kendall's tau of two halves of the rounds).
 
     Each half is measured in a process of its own. What does not repeat itself, no prediction can tell:

@@ -499,7 +499,7 @@ def svg_labels(labels):
     parts, taken = [], []
     for x, y, text in labels:
         side, height = 1 if x < (LEFT + RIGHT) / 2 else -1, 19 * (1 + text.count("\n"))
-        top = max(y - height, TOP + 18)
+        top = max(y - height - 8, TOP + 18)
         while any(abs(x - other) < 250 and low - height < top < high for other, low, high in taken):
             top -= 19
         taken.append((x, top, top + height))

@@ -781,7 +781,7 @@ class Profile(unittest.TestCase):
 
     def test_whole_nets_are_timed_in_two_processes_whose_agreement_is_told(self):
         names, asked, rng = ["base", *range(8)], [], np.random.default_rng(0)
-        batches = [np.arange(1.0, 10)[:, None] * rng.uniform(1, 1.6, (9, 18)) for _ in range(2)]
+        batches = [np.arange(1.0, 10)[:, None] * rng.uniform(1, 1.6, (9, 15)) for _ in range(2)]
 
         def next_rounds(call, entries, device, rounds, **more):
             asked.append((call, rounds, more))
@@ -789,7 +789,7 @@ class Profile(unittest.TestCase):
 
         with mock.patch.object(profile_device, "alone", next_rounds):
             measured, repeat_tau = profile_device.time_nets(names)
-        self.assertEqual(asked, [(profile_device.time_together, 18, {"warmup": 1, "calls": 1})] * 2)
+        self.assertEqual(asked, [(profile_device.time_together, 15, {"warmup": 1, "calls": 1})] * 2)
         halves = [profile_device.settled(dict(enumerate(batch[1:].tolist()))) for batch in batches]
         self.assertAlmostEqual(repeat_tau, kendalltau(*(list(half.values()) for half in halves)).statistic)
         self.assertEqual(measured, profile_device.settled(dict(zip(names, np.hstack(batches).tolist()))))
