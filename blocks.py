@@ -358,8 +358,11 @@ def architecture(params):
             raise ValueError(f"there are not {max(found)} parts named {prefix}")
         return 1 + max(found, default=-1)
 
-    if "intro.weight" not in params or not all(torch.is_tensor(value) for value in params.values()):
-        raise ValueError("it needs tensors such as intro.weight")
+    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if "intro.weight" not in params or not all(
+            torch.is_tensor(v) and v.layout == torch.strided and not v.is_meta and v.dtype in kinds
+            for v in params.values()):
+        raise ValueError("it needs dense real tensors, such as intro.weight")
     levels = count("encoders.")
     return {"width": params["intro.weight"].shape[0], "middle": count("middle_blks."),
             "enc": [count(f"encoders.{i}.") for i in range(levels)],
@@ -378,10 +381,11 @@ def load_authors(params):
         net.load_state_dict(params, strict=True, assign=True)
     except (RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(" ".join(str(error).split())) from None
-    bad = [name for name, value in params.items() if not value.isfinite().all()]
+    net = copy.deepcopy(net).float().eval().to(memory_format=torch.channels_last)
+    bad = [name for name, p in net.named_parameters() if not p.isfinite().all()]
     if bad:
         raise ValueError(f"{', '.join(bad[:3])} not finite")
-    return copy.deepcopy(net).float().eval().to(memory_format=torch.channels_last)
+    return net
 
 
 def block_at(net, site):
@@ -570,10 +574,10 @@ def resume_loop(model, optimizer, losses, state):
 def minimise(model, optimizer, names, losses_at, steps, rate, state=None, each=None):
     """The one loop of training: minimise the sum of what losses_at(step) yields -> {name: (steps,) losses}.
 
-    losses_at yields (name of `names`, scalar), one after the other, so that each graph is freed before the
-    next; rate(step): learning rate. state: a `loop_state` to go on from, bit for bit. each(step, losses,
-    make): called before every step and after the last; make() is the state so far: copy or save it at once.
-    Losses stay on the device, since fetching one waits for it.
+    losses_at yields (name of `names`, scalar, and its weight if it has one), one after the other, so that
+    each graph is freed before the next; rate(step): learning rate. state: a `loop_state` to go on from, bit
+    for bit. each(step, losses, make): called before every step and after the last; make() is the state so
+    far: copy or save it at once. Losses stay on the device, since fetching one waits for it.
     """
     device = next(model.parameters()).device
     losses = {name: torch.full((steps,), math.nan, device=device) for name in names}
@@ -584,8 +588,8 @@ def minimise(model, optimizer, names, losses_at, steps, rate, state=None, each=N
         if step < steps:
             optimizer.param_groups[0]["lr"] = rate(step)
             optimizer.zero_grad()
-            for name, loss in losses_at(step):
-                loss.backward()
+            for name, loss, *weight in losses_at(step):
+                (loss * weight[0] if weight else loss).backward()
                 losses[name][step] = loss.detach()
             optimizer.step()
     return losses
@@ -608,8 +612,7 @@ def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None)
         blur, sharp, *weight = batch_at(step)
         with torch.autocast(blur.device.type, torch.bfloat16, enabled=amp):
             output = model(blur)
-        loss = psnr_loss(output.to(sharp.dtype), sharp)
-        yield "psnr", weight[0] * loss if weight else loss
+        yield "psnr", psnr_loss(output.to(sharp.dtype), sharp), *weight
 
     rate = lambda step: cosine(step, steps, lr, 1e-7)
     minimise(net, optimizer, ["psnr"], losses_at, steps, rate, state, each)

@@ -83,7 +83,9 @@ def first_line(error):
 
 def one_line(error):
     """What the user is told of an error that is no bug."""
-    return f"{error.filename or ''}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+    if not isinstance(error, OSError) or not error.filename:
+        return str(error)
+    return f"{error.filename}: {error.strerror or error}"
 
 
 def say(line):
@@ -320,6 +322,7 @@ def joined(device):
                 quiet.enter_context(contextlib.redirect_stdout(nowhere))
                 quiet.enter_context(contextlib.redirect_stderr(nowhere))
             yield device
+            dist.barrier()                        # rank 0, the others' meeting place, must not leave first
     except Exception as error:                    # what wraps a net hangs if it outlives the group
         traceback.clear_frames(error.__traceback__)
         gc.collect()
@@ -382,6 +385,8 @@ def read_file(path, remedy):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"no file {path}: {remedy}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from None
     except Exception as error:                    # of many kinds, on bytes that are not its own
         kind = "JSON" if path.suffix == ".json" else "checkpoint of tensors"
         raise InputError(f"{path} is damaged or no {kind} ({type(error).__name__}): {remedy}") from None
@@ -398,13 +403,13 @@ def saved(path, payload, head):
     write_file(path, stream.getvalue())
 
 
-def loaded(path, head):
+def loaded(path, head, remedy=None):
     """What `saved` wrote to `path`, found whole, and fit for as much as `head` says of it.
 
     InputError where it is damaged, of another stage, or made with other flags; Stale where it was made from
     other inputs or options.
     """
-    remedy = f"delete it, and --stage {head['stage']} makes it anew"
+    remedy = remedy or f"delete it, and --stage {head['stage']} makes it anew"
     content, whole = read_file(path, remedy), False
     if not isinstance(content, dict) or content.get("stage") != head["stage"]:
         raise InputError(f"{path} is not an artefact of stage {head['stage']}: {remedy}")
@@ -413,7 +418,7 @@ def loaded(path, head):
     if not whole:
         raise InputError(f"{path} is damaged, was changed after it was written, or is of another version: "
                          + remedy)
-    for key, value in head.get("config", {}).items():
+    for key, value in sorted(head.get("config", {}).items(), key=lambda item: item[0] != "from_"):
         if content["config"].get(key) != value:
             raise InputError(f"{path} was made with {flag(key)} {shown(content['config'].get(key))}, not "
                              f"{shown(value)}: give that, another --out, or delete it")
@@ -660,7 +665,7 @@ FOLDERS = (("blur", "sharp"), ("blur", "gt"), ("input", "target"), ("inputC", "t
 def photo(path, use):
     """use(PIL image of the file at `path`); InputError naming the file where it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             return use(image)
     except Exception as error:                    # Pillow raises many kinds on damaged files
         raise InputError(f"cannot read image {path} ({first_line(error)}): replace or remove it") from None
@@ -1257,7 +1262,7 @@ def stage_finetune(job, base, distill, search):
 def stage_adapt(job):
     """Section III-C: a net found on other data, fine-tuned on --data without a search; before and after."""
     config = job.config
-    found = loaded(Path(config.from_), {"stage": "finetune"})
+    found = loaded(Path(config.from_), {"stage": "finetune"}, "give a finetuned.pt")
     sets = {"validation": job.pairs("val"), "test": job.pairs("test"), **named_pairs(config)}
     before = chosen_net(found, job.device)
     after = trained(job, before, config.finetune_steps, config.finetune_lr, "finetune", "finetuned.part",
@@ -1332,8 +1337,7 @@ def stage_evaluate(job, base, profile, finetune):
 WHERE = ("device", "runtime", "precision", "threads", "statistic", "date")      # what latency was taken on
 
 # The paper's tables as printed. Table 1: fisher in 1e-6, plain in 1e-3, enc2's plain printed "2.24e"; the
-# mean
-# ranks are ours. Tables 4 and 5: PSNR in dB/SSIM, GMACs (65 is NAFNet at 512x512).
+# mean ranks are ours. Tables 4 and 5: PSNR in dB/SSIM, GMACs (65 is NAFNet at 512x512).
 PAPER_TABLE_1 = """\
 | published       | grad_norm | snip | grasp   | fisher | plain  | synflow | mean rank |
 |-----------------|-----------|------|---------|--------|--------|---------|-----------|
@@ -1732,7 +1736,10 @@ def deblur_file(net, source, target, device):
     image = Image.fromarray(deblur(net, rgb, device).permute(1, 2, 0).numpy())
     if alpha is not None and suffix == ".png":
         image.putalpha(alpha)
-    image.save(stream, Image.registered_extensions()[suffix], quality=95, icc_profile=profile)
+    try:
+        image.save(stream, Image.registered_extensions()[suffix], quality=95, icc_profile=profile)
+    except Exception as error:                    # too large for the format, say
+        raise InputError(f"--output {target} cannot be made ({first_line(error)}): give .png") from None
     write_file(target, stream.getvalue())
 
 
@@ -1932,9 +1939,10 @@ def take_lock(path):
             say(f"{path.parent} cannot be locked ({error.strerror}): let nothing else write there meanwhile")
         with contextlib.suppress(FileNotFoundError):      # its holder may have removed it in the meantime
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {platform.node()}")
-                file.flush()
+                with contextlib.suppress(OSError):        # a full disk: locked, if without a name
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {platform.node()}")
+                    file.flush()
                 return file
         file.close()
 
@@ -2131,6 +2139,8 @@ def main(argv=None):
     except (InputError, profile_device.HubError, OSError) as error:
         if rank() == 0:
             print(f"hwdeblur: {one_line(error)}", file=sys.stderr)
+        else:
+            time.sleep(2)                         # torchrun ends all ranks with the first: rank 0 tells why
         return 2
     return 0
 

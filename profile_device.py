@@ -306,11 +306,11 @@ def read_notes(path):
     """The notes of earlier runs, {} if there are none."""
     try:
         notes = {} if path is None else json.loads(Path(path).read_text())
-        if all("name" in note for note in notes.values()):
+        if all(isinstance(note["name"], str) for note in notes.values()):
             return notes
     except FileNotFoundError:
         return {}
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         pass
     raise HubError(f"{path} is damaged: delete it, and its jobs are submitted anew")
 
@@ -331,11 +331,15 @@ def save_notes(session):
     if session.path is None:
         return
     temporary = Path(f"{session.path}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        json.dump(session.notes, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(session.path)
+    try:
+        with open(temporary, "w") as file:
+            json.dump(session.notes, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(session.path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise HubError(f"{session.path} cannot be written ({error.strerror}): make room there") from None
 
 
 def show(session):
@@ -564,7 +568,7 @@ def paper_timing(sites, n_options):
     """Table 2 at every site. It gives no time for the rest of the net, so that counts as 0."""
     if n_options != len(PAPER_BLOCK_MS):
         raise ValueError(f"the paper's table has {len(PAPER_BLOCK_MS)} options, this search {n_options}: "
-                         "use target local")
+                         "use --target local")
     return {"device": f"{HUB_DEVICE} (published, not measured here)", "runtime": "not stated",
             "precision": "not stated", "date": "as published",
             "sites": {site: list(PAPER_BLOCK_MS) for site in sites},

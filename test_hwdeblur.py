@@ -779,6 +779,10 @@ class Profile(unittest.TestCase):
         self.assertGreater(min(measured.values()), 0)
         self.assertEqual(table["options"], [block.__name__ for block in blocks.BLOCKS])
 
+    def test_time_local_is_the_median(self):
+        with mock.patch.object(profile_device, "time_together", lambda entries, *more: {0: [1.0, 9.0, 2.0]}):
+            self.assertEqual(profile_device.time_local(self.net, (1, 3, 8, 8)), 2.0)
+
     def test_whole_nets_are_timed_in_two_processes_whose_agreement_is_told(self):
         names, asked, rng = ["base", *range(8)], [], np.random.default_rng(0)
         batches = [np.arange(1.0, 10)[:, None] * rng.uniform(1, 1.6, (9, 15)) for _ in range(2)]
@@ -1280,10 +1284,14 @@ class Weights(unittest.TestCase):
         del bad["ending.weight"]
         nan = {**net.state_dict(), "intro.bias": torch.full((4,), math.nan)}
         odd = {**net.state_dict(), "intro.bias": "four"}
+        odd_kinds = [({**net.state_dict(), "intro.weight": change(net.intro.weight.data)}, "tensors")
+                     for change in (
+            torch.Tensor.to_sparse, lambda t: t.to("meta"), lambda t: t.to(torch.complex64),
+            lambda t: t.to(torch.float8_e4m3fn), torch.Tensor.int)]
         huge = {**net.state_dict(), "encoders.1000000000.0.beta": torch.zeros(1)}
         misfits = [(bad, "ending.weight.*intro.bias"), (nan, "intro.bias not finite"), (odd, "tensors"),
                    (huge, "encoders"), ([1, 2], "no NAFNet"), ({"a": torch.ones(1)}, "no NAFNet"),
-                   (torch.ones(3), "no NAFNet"), ({"params": 3}, "no NAFNet")]
+                   (torch.ones(3), "no NAFNet"), ({"params": 3}, "no NAFNet"), *odd_kinds]
         for content, pattern in misfits:
             torch.save(content, path)
             with self.assertRaisesRegex(hwdeblur.InputError, f"^{path} [^\n]*{pattern}[^\n]*$"):
@@ -1464,6 +1472,184 @@ class Training(unittest.TestCase):
             self.assertTrue(all(v.dtype == full[k].dtype for k, v in low.items()))
             self.assertFalse(all(torch.equal(v, full[k]) for k, v in low.items()))
 
+    def test_crops_keep_blurred_and_sharp_apart(self):
+        pair = torch.zeros(3, 20, 20).byte(), torch.ones(3, 20, 20).byte()             # sharp, blurred
+        self.assertEqual([c.unique().tolist() for c in hwdeblur.crops([pair], 0, 8, 4)(0)], [[1], [0]])
+
+    def test_a_batch_that_was_shared_out_comes_together_in_order(self):
+        batch = torch.arange(5).byte().reshape(5, 1, 1, 1).expand(5, 3, 2, 2)
+        shares = [batch[r::2] for r in (0, 1)]
+
+        def all_gather(parts, own):
+            for part, share in zip(parts, shares):
+                part[:len(share)] = share
+
+        self.enterContext(mock.patch.object(hwdeblur.dist, "all_gather", all_gather))
+        with mock.patch.object(hwdeblur, "world", return_value=2):
+            for share in shares:
+                self.assertTrue(torch.equal(hwdeblur.whole_batch(share, 5), batch))
+
+    def test_shares_of_a_batch_weigh_by_their_images(self):
+        job, seen = self.job._replace(config=hwdeblur.Config(crop=16, batch=3)), []
+        for r in (0, 1):
+            with mock.patch.multiple(hwdeblur, world=lambda: 2, rank=lambda: r, anywhere=bool,
+                                     resumed=lambda *args: None), \
+                    mock.patch.object(blocks, "train", lambda net, batch_at, *more: seen.append(batch_at(0))):
+                self.train(job)
+        self.assertEqual([(len(blur), *weight) for blur, _, *weight in seen], [(2, 4 / 3), (1, 2 / 3)])
+
+    def test_distillation_reads_blurred_images_of_its_share_and_ranks_split_the_students(self):
+        pairs = [(torch.zeros(3, 16, 16).byte(), torch.full((3, 16, 16), i).byte()) for i in range(1, 9)]
+        net, sites, asked, seen = small_net(enc=(1, 1)), ["enc0.0", "mid.0"], [], set()
+
+        def distill(net, sites, batch_at, *rest, **more):
+            asked.append(rest[3])
+            raise SystemExit
+
+        job = self.job._replace(config=hwdeblur.Config(crop=16, batch=64), pairs=lambda split: pairs)
+        for r in (0, 1):
+            with mock.patch.multiple(hwdeblur, world=lambda: 2, rank=lambda: r, anywhere=bool,
+                                     resumed=lambda *args: None), \
+                    mock.patch.object(blocks, "distill", distill), contextlib.suppress(SystemExit):
+                hwdeblur.stage_distill(job, {"params": net.state_dict()}, {"sites": sites})
+        self.assertEqual(sorted(asked[0] + asked[1]), sorted(itertools.product(sites, OPTIONS)))
+
+        def look(net, sites, batch_at, *rest):
+            seen.update((batch_at(0) * 255).round().unique().int().tolist())
+            raise SystemExit
+
+        with mock.patch.object(blocks, "distill", look), contextlib.suppress(SystemExit):
+            hwdeblur.stage_distill(job, {"params": net.state_dict()}, {"sites": sites})
+        self.assertEqual(seen, {1, 2})                                 # a quarter of eight, blurred
+
+    def test_words_and_columns_of_what_was_gained(self):
+        rest = {"params": 1000, "mb": 0.1, "gmacs": 0.5, "ssim": 0.5}
+        found = {"blurred": {"psnr_db": 20.0, "ssim": 0.4}, "config": {"target": "local"},
+                 "base": {**rest, "latency_ms": 100.0, "predicted_ms": 90.0, "psnr_db": 30.0},
+                 "chosen": {**rest, "latency_ms": 50.0, "predicted_ms": 60.0, "psnr_db": 29.5}}
+        self.assertRegex(hwdeblur.gain_words(found), r"2.00x as fast as the base \(measured, interleaved\) "
+                                                     r"at -0.50 dB; the base has \+10.00 dB over")
+        lines = hwdeblur.gain_table(found).splitlines()
+        head, _, _, *rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+        base, chosen = (dict(zip(head, row)) for row in rows)
+        self.assertEqual([(row["measured ms"], row["predicted ms"]) for row in (base, chosen)],
+                         [("100.0", "90.0"), ("50.0", "60.0")])
+
+    def test_the_card_tells_of_this_net_at_this_frame_alone(self):
+        hwdeblur.saved(self.out / "metrics.json", {
+            "chosen": {"psnr_db": 30.5, "latency_ms": 5.0}, "protocol": "p", "sums": {"measured_on": "x"}},
+            {"stage": "evaluate", "config": {"frame": [32, 32]}, "inputs": {"finetuned.pt": 7}})
+        cases = ((7, [32, 32], [30.5, 5.0]), (7, [64, 32], [30.5, None]), (8, [32, 32], [None, None]))
+        for checksum, frame, told in cases:
+            card = hwdeblur.measured_card(self.out, {"checksum": checksum}, frame)
+            self.assertEqual([card["psnr_db"], card["latency_ms"]], told)
+
+    def test_a_table_of_another_device_is_refused(self):
+        table = {**profile_device.machine("cpu"), "device": "another"}
+        with self.assertRaisesRegex(hwdeblur.InputError, "with device another"):
+            hwdeblur.same_machine(Path("t"), table, hwdeblur.Config(), "cpu")
+
+    def test_the_net_behind_from_counts(self):
+        path = self.out / "f.pt"
+        heads = [path.write_bytes(text) and hwdeblur.header(hwdeblur.Config(from_=str(path)), "finetune", {})
+                 for text in (b"a", b"b")]
+        self.assertNotEqual(heads[0]["inputs"], heads[1]["inputs"])
+
+    def test_the_lock_is_held_until_its_file_is_gone(self):
+        files, closed, take, unlink = [], [], hwdeblur.take_lock, Path.unlink
+
+        def removed(path, **more):
+            closed.append(files[0].closed)
+            unlink(path, **more)
+
+        with mock.patch.object(hwdeblur, "take_lock", lambda path: files.append(take(path)) or files[0]), \
+                mock.patch.object(Path, "unlink", removed), hwdeblur.held(self.out):
+            pass
+        self.assertEqual((closed, files[0].closed), ([False], True))
+
+    def test_a_lock_that_was_replaced_meanwhile_is_taken_anew(self):
+        lock, path, calls = hwdeblur.fcntl.lockf, self.out / ".lock", []
+
+        def late(*args):
+            if not calls:
+                path.unlink()
+                path.touch()                      # the next holder's
+            calls.append(args)
+            lock(*args)
+
+        with mock.patch.object(hwdeblur.fcntl, "lockf", late), hwdeblur.held(self.out):
+            self.assertIn(str(os.getpid()), path.read_text())
+        self.assertEqual(len(calls), 2)
+
+    def test_training_is_adamw_along_the_cosine(self):
+        net, batch_at = small_net(), lambda step: (images(1, 3, 8, 8, seed=step), images(1, 3, 8, 8, seed=9))
+        got, expected = blocks.train(net, batch_at, 3, 1e-2), copy.deepcopy(net)
+        optimizer = torch.optim.AdamW(expected.parameters(), betas=(0.9, 0.9), weight_decay=1e-3)
+        for step, lr in enumerate((1e-2, 7.5e-3, 2.5e-3)):             # half a cosine at 0, 1/3 and 2/3
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.zero_grad()
+            (-hwdeblur.psnr(*(expected(batch_at(step)[0]), batch_at(step)[1]))).backward()
+            optimizer.step()
+        for a, b in zip(got.parameters(), expected.parameters()):
+            torch.testing.assert_close(a, b.detach(), rtol=0, atol=2e-5)
+
+    def test_state_is_kept_after_fifty_times_what_that_takes(self):
+        clock, kept = [0.0], []
+
+        def saved(path, state, head):
+            kept.append(state["step"])
+            clock[0] += 1
+
+        make = lambda step: {"step": step, "losses": {}, "model": {}}
+        for every_s, steps in ((120.0, [0, 5, 10, 12]), (20.0, [0, 2, 4, 6, 8, 10, 12])):
+            kept.clear()
+            with mock.patch.object(hwdeblur, "saved", saved), \
+                    mock.patch.object(hwdeblur.time, "monotonic", lambda: clock[0]):
+                each = hwdeblur.keeper(self.job, "base.part", "base", 12, joint=True, every_s=every_s)
+                for step in range(13):
+                    each(step, {}, lambda: make(step))
+                    clock[0] += 10
+            self.assertEqual(kept, steps)
+
+    def test_weights_that_are_not_finite_are_divergence_too(self):
+        state = {"losses": {"psnr": torch.zeros(2)}, "model": {"w": torch.tensor([1.0, math.nan])}}
+        with self.assertRaisesRegex(hwdeblur.InputError, "base diverged, its weights are not finite"):
+            hwdeblur.refuse_divergence("base", state, "")
+
+    def test_half_precision_weights_are_read_as_float32(self):
+        path = self.out / "w.pth"
+        torch.save({k: v.half() for k, v in small_net().state_dict().items()}, path)
+        self.assertEqual({p.dtype for p in hwdeblur.load_weights(path).parameters()}, {torch.float32})
+
+
+class Choice(unittest.TestCase):
+    """What is scored, how, and which of it is taken."""
+
+    def test_the_base_is_no_candidate_where_another_is_on_the_front(self):
+        history = [search.Evaluation((0, 0), 0.0, 1.0), search.Evaluation((1, 0), 0.5, 0.5)]
+        self.assertEqual(hwdeblur.best_compromises(history, 3), ([1, 0], [1]))
+        self.assertEqual(hwdeblur.best_compromises(history[:1], 3), ([0], [0]))
+
+    def test_an_output_that_is_not_finite_scores_0_db(self):
+        with mock.patch.object(hwdeblur, "evaluate", side_effect=[{"psnr_db": 30.0}, {"psnr_db": math.nan}]):
+            base_db, score = hwdeblur.scorer(small_net(), {}, [], [], "cpu")
+            self.assertEqual((base_db, score(())), (30.0, 30.0))
+
+    def test_tlc_averages_over_one_and_a_half_crops(self):
+        net, x = small_net(), images(1, 3, 24, 20)
+        expected = copy.deepcopy(net)
+        blocks.set_window(expected, 12)
+        got = hwdeblur.as_scored(net, hwdeblur.Config(tlc=True, crop=8))(x)
+        self.assertTrue(torch.equal(got, expected(x)))
+
+    def test_the_warp_of_the_losses_reaches_their_gain(self):
+        losses, penalty = search.landscape(np.random.default_rng(5), 4, 4)
+        found, given, posterior, gain = [], [], search.posterior, search.mc_ehvi
+        with mock.patch.multiple(search, posterior=lambda *a: found.append(posterior(*a)) or found[-1],
+                                 mc_ehvi=lambda *a: given.append(a[4:]) or gain(*a)):
+            search.search(lambda o: float(losses[o]), penalty, 30, np.random.default_rng(0))
+        self.assertEqual(set(given), {(power,) for _, _, power in found})
+
 
 class Deblur(unittest.TestCase):
     def test_tiles_cover_and_meet(self):
@@ -1547,6 +1733,19 @@ class Store(unittest.TestCase):
             hwdeblur.saved(path, {"x": 2}, self.HEAD)
         self.assertEqual(hwdeblur.loaded(path, self.HEAD)["x"], 1)
         self.assertEqual([file.name for file in self.out.iterdir()], ["a.json"])
+        jobs = self.out / "jobs.json"
+        session = profile_device.Session(None, "", "", jobs, {"a": {"name": "b"}}, (), {})
+        with mock.patch.object(os, "fsync", side_effect=full), self.assertRaisesRegex(
+                profile_device.HubError, f"^{jobs} cannot be written .No space left on device.: make room"):
+            profile_device.save_notes(session)
+        self.assertEqual([file.name for file in self.out.iterdir()], ["a.json"])
+
+    def test_what_cannot_be_read_is_not_called_damaged(self):
+        with self.assertRaisesRegex(hwdeblur.InputError, f"^{self.out}.json cannot be read .Is a directory."):
+            folder = self.out.with_suffix(".json")
+            folder.mkdir()
+            self.addCleanup(folder.rmdir)
+            hwdeblur.loaded(folder, self.HEAD)
 
     def test_one_writer_at_a_time(self):
         """The lock is another process's until that ends, by kill -9 too."""
@@ -1739,7 +1938,7 @@ class Whole(unittest.TestCase):
         more = (*profile_device.PAPER_BLOCK_MS, 1.0)
         self.enterContext(mock.patch.object(blocks, "BLOCKS", (*blocks.BLOCKS, PlainConv)))
         new = len(blocks.BLOCKS) - 1
-        self.refused(f"table has {new} options, this search {new + 1}: use target local", *flags, out=out)
+        self.refused(f"table has {new} options, this search {new + 1}: use --target local", *flags, out=out)
         with mock.patch.object(profile_device, "PAPER_BLOCK_MS", more):
             _, said = self.done(*flags, out=out)
             self.assertRegex(said,
@@ -1860,10 +2059,12 @@ class Whole(unittest.TestCase):
         self.done("--stage", "deblur", "--input", root / "clear.png", "--output", root / "out.png")
         with Image.open(root / "out.png") as image:
             self.assertEqual(image.getchannel("A").getextrema(), (77, 77))
+        Image.new("RGB", (16500, 2)).save(root / "wide.png")
         (root / "cut.jpg").write_bytes((root / "rgb.jpg").read_bytes()[:400])
         for name, output, pattern in ((__file__, "o.png", "cannot read"),
                                       ("rgb.jpg", "o.xyz", "unknown kind"),
-                                      ("cut.jpg", "o.png", "cannot read image .*cut.jpg")):
+                                      ("cut.jpg", "o.png", "cannot read image .*cut.jpg"),
+                                      ("wide.png", "o.webp", "o.webp cannot be made .*give .png")):
             self.refused(pattern, "--stage", "deblur", "--input", root / name, "--output", root / output)
 
     def test_the_same_seed_gives_the_same_bits_however_often_the_run_is_cut_off(self):
@@ -1891,6 +2092,49 @@ class Whole(unittest.TestCase):
         self.assertEqual({path.name: path.read_bytes() for path in out.iterdir()},
                          {path.name: path.read_bytes() for path in self.out.iterdir()})
 
+    def test_each_stage_has_its_own_splits_and_seed(self):
+        asked, seeds, Job, crops = set(), [], hwdeblur.Job, hwdeblur.crops
+
+        def watched(config, pairs, device, out, head, anew):
+            look = lambda split: asked.add((head["stage"], split)) or pairs(split)
+            return Job(config, look, device, out, head, anew)
+
+        with mock.patch.object(hwdeblur, "Job", watched), mock.patch.object(
+                hwdeblur, "crops", lambda pairs, seed, *more: seeds.append(seed)
+                                                                            or crops(pairs, seed, *more)):
+            self.done("--stage", "all", "--target", "paper", *TINY, out=self.out.parent / "splits")
+        self.assertEqual(asked,
+                         {("base", "train"), ("base", "val"), ("saliency", "train"), ("distill", "train"),
+                                 ("search", "val"), ("finetune", "train"), ("finetune", "val"),
+                                 ("evaluate", "test"), ("report", "test")})
+        self.assertEqual(list(dict.fromkeys(seeds)), [0, 1, 2, 4])
+
+    def test_the_best_or_the_fastest_is_picked(self):
+        out = self.copied("fastest", "base.pt", "saliency.json", "profile.json", "surrogates.pt",
+                          "search.json")
+        self.done("--stage", "finetune", "--target", "paper", *TINY, "--finetune-steps", 0, "--pick",
+                  "fastest", out=out)
+        for folder, key in ((self.out, lambda c: -c["val_after_db"]), (out, lambda c: c["latency_ms"])):
+            tuned = torch.load(folder / "finetuned.pt", weights_only=True)
+            values = list(map(key, tuned["candidates"]))
+            self.assertEqual(tuned["picked"], values.index(min(values)), values)
+        for c in tuned["candidates"]:             # no step changes no score
+            self.assertAlmostEqual(c["val_before_db"], c["val_after_db"], places=3)
+
+    def test_the_base_row_of_table_3_is_of_validation(self):
+        table = (self.out / "report.md").read_text().split("## Table 3")[1]
+        row = next(line for line in table.splitlines() if line.startswith("| base "))
+        found = json.loads((self.out / "search.json").read_text())
+        self.assertEqual(row.split("|")[-3].strip(), f"{found['base_val_db']:.2f}")
+
+    def test_unfinished_work_of_other_stages_stays(self):
+        out = self.copied("parts")
+        (out / "search.part").write_bytes(b"x")
+        hwdeblur.discard(out / "base.pt")
+        self.assertTrue((out / "search.part").exists())
+        hwdeblur.discard(out / "search.json")
+        self.assertFalse((out / "search.part").exists())
+
     def test_search_scores_nothing_twice(self):
         out = self.copied("cut_search", "base.pt", "saliency.json", "profile.json", "surrogates.pt")
         scored, evaluate = [], hwdeblur.evaluate
@@ -1901,13 +2145,24 @@ class Whole(unittest.TestCase):
                 raise SystemExit
             return evaluate(net, *args, **kwargs)
 
-        for stop in (15, 25, 29, 999):
+        for stop in (15, 25, 29, 33, 999):
             with mock.patch.object(hwdeblur, "evaluate", evaluate_or_stop), contextlib.suppress(SystemExit):
                 self.command("--stage", "search", "--target", "paper", *TINY, out=out)
         self.assertEqual((out / "search.json").read_bytes(), (self.out / "search.json").read_bytes())
-        self.assertEqual(scored.count(scored[0]), 4 + 1)       # the base: each run's reference, one score
+        self.assertEqual(scored.count(scored[0]), 5 + 1)       # the base: each run's reference, one score
         others = [name for name in scored if name != scored[0]]
-        self.assertEqual(len(others) - len(set(others)), 3)            # only those that a stop cut off
+        self.assertEqual(len(others) - len(set(others)), 4)            # only those that a stop cut off
+
+    def test_force_measures_a_finished_evaluation_anew(self):
+        out, flags = self.copied("force"), ("--stage", "evaluate", "--target", "paper", *TINY)
+        self.assertEqual(self.stages(self.done(*flags, out=out)[1], "written,"), [])
+        self.assertEqual(self.stages(self.done(*flags, "--force", out=out)[1], "written,"), ["evaluate"])
+
+    def test_what_is_predicted_is_of_the_chosen_net(self):
+        tuned = torch.load(self.out / "finetuned.pt", weights_only=True)
+        metrics = json.loads((self.out / "metrics.json").read_text())
+        self.assertEqual(metrics["chosen"]["predicted_ms"],
+                         tuned["candidates"][tuned["picked"]]["latency_ms"])
 
     def test_diverged_surrogates_are_left_out_and_the_run_goes_on(self):
         out, distill = self.copied("diverged", "base.pt", "saliency.json", "profile.json"), blocks.distill
