@@ -473,15 +473,15 @@ def refuse_divergence(label, state, last):
         raise InputError(f"{label} diverged, its weights are not finite: lower the learning rate{last}")
 
 
-def keeper(job, file, label, steps, begun=0, joint=False, every_s=120.0):
+def keeper(job, file, label, steps, state=None, joint=False, every_s=120.0):
     """A function each(step, losses, make) for `blocks.minimise`: shows progress, keeps its state in out/FILE.
 
-    It saves every `every_s` seconds, sooner where that takes no more than a fiftieth of the time, and after
-    the last step; rank 0's clock decides. joint: every rank trains a part of its own (distillation), all are
-    kept in one file, and one that diverges ends nothing.
+    state: what the loop goes on from, if anything. It saves every `every_s` seconds, sooner where that takes
+    no more than a fiftieth of the time, and after the last step; rank 0's clock decides. joint: every rank
+    trains a part of its own (distillation), all are kept in one file, and one that diverges ends nothing.
     """
-    path, tick = job.out / file, progress(label, steps, begun)
-    last, wait, kept = time.monotonic(), 0.0, begun
+    path, kept = job.out / file, state["step"] if state else 0
+    tick, last, wait = progress(label, steps, kept), time.monotonic(), 0.0
 
     def each(step, losses, make):
         nonlocal last, wait, kept
@@ -1068,7 +1068,7 @@ def trained(job, net, steps, lr, label, file, seed):
         return (blur, sharp, len(blur) * ranks / config.batch) if ranks > 1 else (blur, sharp)
 
     state = resumed(job, file)
-    each = keeper(job, file, label, steps, state["step"] if state else 0)
+    each = keeper(job, file, label, steps, state)
     wrap = functools.partial(DistributedDataParallel, forward_sync_buffers=False) if ranks > 1 else None
     return blocks.train(net, batch_at, steps, lr, config.amp, state, each, wrap)
 
@@ -1137,8 +1137,7 @@ def stage_distill(job, base, saliency):
         base_net(base, job.device), sites,
         lambda step: as_batch(whole_batch(agreed(lambda: own(step))[0], config.batch), job.device),
         config.distill_steps, config.distill_lr, config.seed, students[rank()::world()] or students[:1],
-        config.amp, state, keeper(job, "surrogates.part", "distill", config.distill_steps,
-                                  state["step"] if state else 0, joint=True))
+        config.amp, state, keeper(job, "surrogates.part", "distill", config.distill_steps, state, joint=True))
     mine = {(site, k): (state_of(student), losses[site][k])
             for site, row in surrogates.items() for k, student in row.items()}
     everything = merged(gather(mine))
