@@ -123,6 +123,9 @@ class NAFBlock(nn.Module):
         self.beta = zero_scale(channels)
         self.gamma = zero_scale(channels)
 
+    def extra_repr(self):
+        return f"window={self.window}" if self.window else ""
+
     def forward(self, x):
         a = gate(self.conv2(self.conv1(self.norm1(x))))                             # (B, C, H, W)
         a = a * self.sca(local_mean(a, self.window))
@@ -262,6 +265,8 @@ class GatedBNAttention(GatedBN):
         self.window = window
         self.sca = nn.Conv2d(channels, channels, 1)
 
+    extra_repr = NAFBlock.extra_repr
+
     def attend(self, a):
         return a * self.sca(local_mean(a, self.window))
 
@@ -292,6 +297,13 @@ def set_window(net, window):
         for module in stage.modules():
             if hasattr(module, "window"):
                 module.window = None if window is None else max(1, window // stride)
+
+
+def keep_window(block, replaced):
+    """The block, in place, with the attention window of the one that it replaces, if it has attention."""
+    if hasattr(block, "window"):
+        block.window = getattr(replaced, "window", None)
+    return block
 
 
 def _slots(net):
@@ -530,7 +542,7 @@ def critical_stages(scores, keep=1):
 # ----------------------------------- training, surrogates (section II-B) and their assembly
 
 def new_surrogate(net, site, option, seed):
-    """An untrained BLOCKS[option] for `site`: channels, device and dtype of the block it may replace.
+    """An untrained BLOCKS[option] for `site`: channels, window, device and dtype of the block it may replace.
 
     Weights depend on (seed, site, option) alone; the global random state is left as it was.
     """
@@ -538,7 +550,7 @@ def new_surrogate(net, site, option, seed):
     like = net.intro.weight
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(zlib.crc32(f"{seed} {site} {option}".encode()))
-        block = BLOCKS[option](channels)
+        block = keep_window(BLOCKS[option](channels), block_at(net, site))
     return block.to(device=like.device, dtype=like.dtype, memory_format=torch.channels_last)
 
 
@@ -571,13 +583,14 @@ def resume_loop(model, optimizer, losses, state):
     return state["step"]
 
 
-def minimise(model, optimizer, names, losses_at, steps, rate, state=None, each=None):
+def minimise(model, optimizer, names, losses_at, steps, rate, state=None, each=None, clip=0.0):
     """The one loop of training: minimise the sum of what losses_at(step) yields -> {name: (steps,) losses}.
 
     losses_at yields (name of `names`, scalar, and its weight if it has one), one after the other, so that
     each graph is freed before the next; rate(step): learning rate. state: a `loop_state` to go on from, bit
     for bit. each(step, losses, make): called before every step and after the last; make() is the state so
-    far: copy or save it at once. Losses stay on the device, since fetching one waits for it.
+    far: copy or save it at once. clip: the most that the norm of the whole gradient may be, if not 0. Losses
+    stay on the device, since fetching one waits for it.
     """
     device = next(model.parameters()).device
     losses = {name: torch.full((steps,), math.nan, device=device) for name in names}
@@ -591,17 +604,19 @@ def minimise(model, optimizer, names, losses_at, steps, rate, state=None, each=N
             for name, loss, *weight in losses_at(step):
                 (loss * weight[0] if weight else loss).backward()
                 losses[name][step] = loss.detach()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
     return losses
 
 
-def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None):
+def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None, clip=0.0):
     """A trained copy of `net`, by NAFNet's recipe: AdamW (.9, .9), decay 1e-3, cosine to 1e-7, PSNR loss.
 
     batch_at(step) -> blurred, sharp (B, 3, H, W) and, where ranks share a batch out unevenly, the weight of
     this share. In eval mode throughout: NAF blocks do not mind, and batch norms keep the statistics of
     distillation, which whole images share and small crops do not. amp: the net runs under bfloat16 autocast;
-    weights, loss and optimiser stay float32. state, each: see `minimise`; the loss is called "psnr".
+    weights, loss and optimiser stay float32. state, each, clip: see `minimise`; the loss is called "psnr".
     wrap(net) -> the module to call in its place, say DistributedDataParallel.
     """
     net = copy.deepcopy(net).eval().requires_grad_(True)
@@ -615,7 +630,7 @@ def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None)
         yield "psnr", psnr_loss(output.to(sharp.dtype), sharp), *weight
 
     rate = lambda step: cosine(step, steps, lr, 1e-7)
-    minimise(net, optimizer, ["psnr"], losses_at, steps, rate, state, each)
+    minimise(net, optimizer, ["psnr"], losses_at, steps, rate, state, each, clip)
     return net.requires_grad_(False)
 
 
@@ -674,10 +689,7 @@ def assemble(net, surrogates, choice):
     for site, option in choice.items():
         if option:
             stage, i = slots[site]
-            window = getattr(stage[i], "window", None)
-            stage[i] = share(surrogates[site][option])
-            if hasattr(stage[i], "window"):
-                stage[i].window = window
+            stage[i] = keep_window(share(surrogates[site][option]), stage[i])
     return new
 
 

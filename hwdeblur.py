@@ -82,7 +82,9 @@ def first_line(error):
 
 
 def one_line(error):
-    """What the user is told of an error that is no bug."""
+    """What the user is told of an error that is no bug; one of memory, torch's too, gets its remedy."""
+    if isinstance(error, (MemoryError, RuntimeError)):
+        return f"out of memory ({first_line(error)}): lower --width, --batch, --crop or --frame"
     if not isinstance(error, OSError) or not error.filename:
         return str(error)
     return f"{error.filename}: {error.strerror or error}"
@@ -144,39 +146,40 @@ class Config:
     middle: int = knob(1, "base", "blocks in the middle stage", 1, 999)
     dec: tuple = knob((1, 1, 1, 1), "base", "blocks per decoder stage", 1, 999)
     crop: int = knob(96, "base adapt", "side of a training crop", 1, 4096, "pixels")
-    batch: int = knob(4, "base adapt", "crops per training step", 1, 10 ** 5)
+    batch: int = knob(4, "base adapt", "crops per training step", 1)
     amp: bool = knob(False, "base distill finetune adapt",
                      "train in bfloat16 (autocast): base, distill, finetune")
+    grad_clip: float = knob(0.0, "base finetune adapt", "norm at which gradients are cut, 0: none", 0, 1e9)
+    tlc: bool = knob(False, "base adapt",
+                     "attention over a window of 1.5 x --crop in every net, timed so too (Chu et al. 2021)")
     base_steps: int = knob(2100, "base", "length of base training", 0, unit="steps")
     base_lr: float = knob(2e-3, "base", "first learning rate, cosine to 1e-7", 1e-12, 1e30)
-    frame: tuple = knob((256, 256), "profile adapt", "input of the profiled net (III-A), H or HxW", 1, 16384,
-                        "pixels")
+    frame: tuple = knob((256, 256), "profile adapt", "input of the profiled net, H or HxW", 1, 8192, "pixels")
     target: str = knob("local", "profile", "latency table: this machine, a phone, or the paper's table 2",
                        choices=("local", "qai-hub", "paper"))
     hub_device: str = knob(profile_device.HUB_DEVICE, "profile",
                            "device of AI Hub, for --target qai-hub (III-A)")
     hub_runtime: str = knob("tflite", "profile", f"runtime on it: {', '.join(profile_device.HUB_RUNTIMES)}",
                             choices=profile_device.HUB_RUNTIMES)
-    distill_share: float = knob(0.25, "distill", "share of the training pairs that it sees (III-A)", 1e-6, 1)
+    distill_share: float = knob(0.25, "distill", "share of the training pairs that it sees (II-B)", 1e-6, 1)
     distill_steps: int = knob(150, "distill", "length of it, all surrogates at once (II-B)", 0, unit="steps")
     distill_lr: float = knob(4e-3, "distill", "first learning rate, cosine to 0", 1e-12, 1e30)
-    evaluations: int = knob(100, "search", "configurations that the search scores (II-C)", 1)
-    candidates: int = knob(3, "search", "architectures of the knee region that are fine-tuned (II-D)", 1)
+    evaluations: int = knob(100, "search", "configurations that the search proposes (II-C)", 1)
+    candidates: int = knob(3, "search", "architectures of the knee region that are fine-tuned (II-C)", 1)
     from_: str = knob("", "finetune adapt", "a finetuned.pt to adapt to --data, without a search (III-C)")
     finetune_steps: int = knob(200, "finetune adapt", "length of it, each candidate", 0, unit="steps")
     finetune_lr: float = knob(5e-4, "finetune adapt", "first learning rate, cosine to 1e-7", 1e-12, 1e30)
     pick: str = knob("best", "finetune", "of the fine-tuned candidates: best (PSNR) or fastest (III-A)",
                      choices=("best", "fastest"))
     test: tuple = knob((), "evaluate adapt", "a further test set, folder or list; may be given several times")
-    tlc: bool = knob(False, "evaluate adapt",
-                     "score with attention over a window of 1.5 x --crop (Chu et al. 2021)")
 
 
-# Training in the paper preset is NAFNet's: crop, batch, learning rate.
+# The paper preset trains as the authors' NAFNet-width32 for GoPro did: 8 x 4 crops a step, gradients clipped
+# at norm 0.01. Only the decay of weights, 1e-3 here, is that of their width 64: the file of width 32 has 0.
 PRESETS = {
     "demo": {},
-    "paper": dict(width=32, enc=(1, 1, 1, 28), crop=256, batch=64, base_steps=200_000, base_lr=1e-3,
-                  frame=(512, 512), distill_steps=20_000, distill_lr=1e-3, evaluations=200,
+    "paper": dict(width=32, enc=(1, 1, 1, 28), crop=256, batch=32, base_steps=200_000, base_lr=1e-3,
+                  grad_clip=0.01, frame=(512, 512), distill_steps=20_000, distill_lr=1e-3, evaluations=200,
                   finetune_steps=100_000, finetune_lr=1e-4, made_train=2000, made_size=384),
 }
 
@@ -215,7 +218,20 @@ def check(config):
         raise InputError(f"--enc has {len(config.enc)} stages: give at most 6, as each halves the picture")
     if not config.data and config.crop > config.made_size:
         raise InputError(f"--crop {config.crop} is larger than --made-size {config.made_size}")
+    made = 6 * (config.made_train + 2 * config.made_test) * config.made_size ** 2
+    sizes = {"--width, doubled at each stage of --enc, comes to": (config.width * 2 ** len(config.enc), 8192),
+             "--width x --batch x --crop squared is": (config.width * config.batch * config.crop ** 2, 2 ** 31),
+             "--width x --frame is": (config.width * math.prod(config.frame), 2 ** 29),
+             "6 bytes x --made-size squared x (--made-train + 2 --made-test) is": (made, 2 ** 34)}
+    for what, (size, most) in sizes.items():
+        if size > most:
+            raise InputError(f"{what} {size:,}, which no memory holds: at most {most:,}")
     test_sets(config)
+
+
+def window_of(config):
+    """The side, in input pixels, of the window that attention averages over; None: the whole image."""
+    return 3 * config.crop // 2 if config.tlc else None
 
 
 # -------------------------------------------------------------- ranks: processes that share a stage
@@ -304,7 +320,12 @@ def joined(device):
 
     gloo on CPU, nccl besides on GPUs. The limit of a day: ranks wait while rank 0 profiles a phone.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    try:
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    except ValueError:
+        what = f"WORLD_SIZE={os.environ['WORLD_SIZE']}"
+        raise InputError(f"{what} is no number: start with torchrun") from None
+    if alone:
         yield device
         return
     on_gpu = device.startswith("cuda")
@@ -376,6 +397,8 @@ def writable(out):
 def read_file(path, remedy):
     """What a JSON or torch file holds: tensors and plain values, never code. InputError if damaged."""
     try:
+        if path.exists() and not path.is_dir() and not path.is_file():
+            raise InputError(f"{path} is no file that can be read whole: {remedy}")   # a pipe, say
         if path.suffix == ".json":
             return json.loads(path.read_text())
         if zipfile.is_zipfile(path):
@@ -383,6 +406,8 @@ def read_file(path, remedy):
                 if archive.testzip():             # torch itself looks at no checksum
                     raise ValueError("checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"no file {path}: {remedy}") from None
     except OSError as error:
@@ -662,22 +687,43 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 FOLDERS = (("blur", "sharp"), ("blur", "gt"), ("input", "target"), ("inputC", "target"), ("source", "target"))
 
 
+@contextlib.contextmanager
+def up_to(pixels):
+    """Pillow refuses images of more than this; by itself it takes one of 200 megapixels for an attack."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels // 2        # it refuses twice the limit
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 def photo(path, use):
     """use(PIL image of the file at `path`); InputError naming the file where it cannot be read."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("it is no file")     # a pipe, say, which would be waited for
+        with warnings.catch_warnings(action="ignore"), up_to(2 ** 29), Image.open(path) as image:
             return use(image)
     except Exception as error:                    # Pillow raises many kinds on damaged files
         raise InputError(f"cannot read image {path} ({first_line(error)}): replace or remove it") from None
 
 
+def eight_bits(image):
+    """A PIL image of numbers, 16 or 32 bits or float, as grey of 8 bits.
+
+    White is 65535 where pixels have 16 bits; else 1, 255 or 65535, the first that no pixel exceeds.
+    """
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0)
+    tops = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535, values.max())
+    top = next(top for top in tops if values.max() <= top)
+    return Image.fromarray((values.clip(0) * (255 / top) + 0.5).astype(np.uint8))
+
+
 def to_rgb(image):
-    """A PIL image, upright (EXIF), RGB at 8 bits; 16-bit grey is scaled, not clipped."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        grey = np.clip(np.asarray(image, dtype=float), 0, 65535) / 257 + 0.5
-        image = Image.fromarray(grey.astype(np.uint8))
-    return image.convert("RGB")
+    """A PIL image, upright (EXIF), in place, then RGB at 8 bits; what is deeper is scaled, not clipped."""
+    ImageOps.exif_transpose(image, in_place=True)         # a copy of a large photograph would cost much
+    image = eight_bits(image) if image.mode[0] in "IF" else image
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def load_image(path):
@@ -745,12 +791,16 @@ def match_names(sharp, blur):
 
 
 def listed_pairs(path):
-    """The pairs of a text file of `sharp blur` paths, one pair a line, relative to the file's folder."""
+    """The pairs of a text file of `sharp blur` paths, one pair a line, relative to the file's folder.
+
+    Empty lines, and those that begin with #, do not count.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise InputError(f"{path} is no text file: every line must be two paths, sharp and blurred") from None
-    pairs = [tuple(path.parent / name for name in line.split()) for line in lines if line.strip()]
+    names = [line.split() for line in lines]
+    pairs = [tuple(path.parent / name for name in line) for line in names if line and line[0][0] != "#"]
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise InputError(f"{path}: every line must be two paths without spaces, sharp and blurred")
     return pairs
@@ -815,6 +865,41 @@ def named_pairs(config):
     return sets
 
 
+def scenes_of(pairs):
+    """{scene: its pairs}; a scene is the folder of the sharp file or, where all share one, that file."""
+    folders = {sharp.parent.resolve() for sharp, _ in pairs}
+    scenes = {}
+    for sharp, blur in pairs:
+        scene = sharp.resolve()
+        scenes.setdefault(scene.parent if len(folders) > 1 else scene, []).append((sharp, blur))
+    return scenes
+
+
+def carved(pairs, most, seed):
+    """Pairs of train -> (train, validation, words on how it was carved); no scene is on both sides.
+
+    An eighth of the scenes is held back, at least one, never the largest; of their pairs, `most` at equal
+    distances become validation, and the rest, as like them as frames of one film, are in neither.
+    """
+    scenes = scenes_of(pairs)
+    if len(scenes) < 2:
+        raise InputError(f"{pairs[0][0]}: the training pairs show one scene; at least 2, "
+                         "as one is for validation")
+    largest = max(scenes, key=lambda scene: len(scenes[scene]))
+    others = [scene for scene in scenes if scene != largest]
+    order = np.random.default_rng([seed, 3]).permutation(len(others))
+    held = {others[i] for i in order[:min(most, max(1, len(scenes) // 8))]}
+    back = [pair for scene in scenes if scene in held for pair in scenes[scene]]
+    picks = np.linspace(0, len(back) - 1, min(most, len(back))).round().astype(int)
+    train = [pair for scene in scenes if scene not in held for pair in scenes[scene]]
+    words = (f"Validation: {len(picks)} of the {len(back)} pairs of {len(held)} of {len(scenes)} scenes, "
+             "none of which is in train.")
+    if all(scene.is_file() for scene in scenes):
+        words = (f"Validation: {len(picks)} of {len(pairs)} pairs. All share one folder, so they were carved "
+                 "by image: what they show may be on both sides.")
+    return train, [back[i] for i in picks], words
+
+
 def split_pairs(config, split):
     """The pairs of 'train', 'val' or 'test'. Validation is carved from train; test is never train."""
     if not config.data:
@@ -827,11 +912,16 @@ def split_pairs(config, split):
         return sized_pairs(list_pairs(config.data, "test"), 11, "scored")
     pairs = list_pairs(config.data, "train")
     pairs = sized_pairs(pairs, max(11, config.crop), f"cropped at --crop {config.crop}")
-    if len(pairs) < 2:
-        raise InputError(f"{config.data}: {len(pairs)} training pair; at least 2, as one is for validation")
-    order = np.random.default_rng([config.seed, 3]).permutation(len(pairs))
-    held = min(config.val_pairs, max(1, len(pairs) // 8))
-    return [pairs[i] for i in (order[:held] if split == "val" else order[held:])]
+    train, val, _ = carved(pairs, config.val_pairs, config.seed)
+    order = np.random.default_rng([config.seed, 4]).permutation(len(train))
+    return val if split == "val" else [train[i] for i in order]
+
+
+def validation_words(config):
+    """How validation was carved, for the report."""
+    if not config.data:
+        return "Train, validation and test are made pairs of different random streams."
+    return carved(list_pairs(config.data, "train"), config.val_pairs, config.seed)[2]
 
 
 def training_pairs(config, split="train"):
@@ -975,28 +1065,21 @@ def score_nets(nets, pairs, device="cpu", label=""):
             **{name: evaluate(net, pairs, device, label=f"{label}: {name}") for name, net in nets.items()}}
 
 
-def protocol(config):
-    """How images are scored, in words."""
-    reach = (f"a local window of {3 * config.crop // 2} pixels, 1.5 x the training crop (--tlc)" if config.tlc
-             else "the whole image")
+def protocol(window):
+    """How images are scored by nets with this attention window, in words."""
+    reach = (f"a local window of {window} pixels, 1.5 x the training crop (--tlc)" if window else
+             "the whole image")
     return ("Protocol: whole RGB images, outputs clamped and rounded to 8 bits, no border crop, "
             f"no alignment; channel attention averages over {reach}.")
 
 
-def as_scored(net, config):
-    """`net`, in place, with the attention window of the protocol."""
-    if config.tlc:
-        blocks.set_window(net, 3 * config.crop // 2)
-    return net
-
-
 # ------------------------------------------------------------------------- nets in and out of artefacts
 
-def new_net(width, enc, middle, dec, seed):
+def new_net(width, enc, middle, dec, seed, window=None):
     """An untrained NAFNet; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return blocks.NAFNet(width, tuple(enc), middle, tuple(dec)).eval()
+        return blocks.NAFNet(width, tuple(enc), middle, tuple(dec), window).eval()
 
 
 def state_of(net):
@@ -1030,7 +1113,10 @@ def filled(module, params, file):
 
 
 def base_net(base, device="cpu"):
-    return blocks.load_authors(base["params"]).to(device)
+    """The net of artefact `base`, with the attention window of every stage."""
+    net = blocks.load_authors(base["params"])
+    blocks.set_window(net, base["arch"]["window"])
+    return net.to(device)
 
 
 def trained_surrogates(net, distill, seed):
@@ -1070,23 +1156,24 @@ def trained(job, net, steps, lr, label, file, seed):
     state = resumed(job, file)
     each = keeper(job, file, label, steps, state)
     wrap = functools.partial(DistributedDataParallel, forward_sync_buffers=False) if ranks > 1 else None
-    return blocks.train(net, batch_at, steps, lr, config.amp, state, each, wrap)
+    return blocks.train(net, batch_at, steps, lr, config.amp, state, each, wrap, config.grad_clip)
 
 
 def stage_base(job):
     """Section II: the base net, trained here or read from --weights."""
-    config = job.config
+    config, window = job.config, window_of(job.config)
     if config.weights:
         net = load_weights(config.weights).to(job.device)
     else:
         net = new_net(config.width, config.enc, config.middle, config.dec, config.seed).to(job.device)
         net = trained(job, net, config.base_steps, config.base_lr, "base", "base.part", config.seed)
+    blocks.set_window(net, window)
     score = evaluate(net, job.pairs("val"), job.device)
     if not math.isfinite(score["psnr_db"]):
         remedy = f"give other weights than {config.weights}" if config.weights else "lower --base-lr"
         raise InputError(f"base: validation gives {score['psnr_db']} dB: {remedy}")
     params = state_of(net)
-    return {"params": params, "arch": blocks.architecture(params), "val": score}
+    return {"params": params, "arch": {**blocks.architecture(params), "window": window}, "val": score}
 
 
 def stage_saliency(job, base):
@@ -1178,9 +1265,10 @@ def taken_back(options):
 
 def swap_effects(evaluation, scored, sites, profile):
     """What each swap of a configuration costs in dB and saves in ms, measured by taking it back alone."""
-    back, rows = taken_back(evaluation.options), [profile["sites"][site] for site in sites]
+    back = taken_back(evaluation.options)
+    ms = lambda options: profile_device.network_ms(profile, choice_of(sites, options))
     return {"cost_db": {sites[i]: evaluation.loss_db - scored[options] for i, options in back.items()},
-            "saved_ms": {sites[i]: rows[i][0] - rows[i][evaluation.options[i]] for i in back}}
+            "saved_ms": {sites[i]: ms(options) - ms(evaluation.options) for i, options in back.items()}}
 
 
 def kept_scores(job):
@@ -1200,6 +1288,21 @@ def best_compromises(history, count):
     front = search.front_of(Y)
     ranked = [front[i] for i in search.knee(Y[front], len(front))]
     return front, [i for i in ranked if any(history[i].options)][:count] or ranked[:1]
+
+
+def with_swaps_back(history, count, score_all, penalty):
+    """The history and, scored too, what takes one swap of a candidate back -> (all, front, candidates).
+
+    Each of them counts: one that joins the front may become a candidate, whose swaps are then taken back.
+    """
+    while True:
+        front, knee = best_compromises(history, count)
+        known = {e.options for e in history}
+        back = dict.fromkeys(itertools.chain(*(taken_back(history[i].options).values() for i in knee)))
+        new = [options for options in back if options not in known]
+        if not new:
+            return history, front, knee
+        history = history + [search.evaluated(o, db, penalty) for o, db in zip(new, score_all(new))]
 
 
 def stage_search(job, base, saliency, profile, distill):
@@ -1223,23 +1326,29 @@ def stage_search(job, base, saliency, profile, distill):
                                 history=history, batch=world(), map=share_out, each=each)
     for warning in ended:
         say(str(warning.message))
-    front, knee = best_compromises(history, config.candidates)
-    new = dict.fromkeys(o for i in knee for o in taken_back(history[i].options).values() if o not in scored)
-    for i in range(0, len(new), world()):
-        chunk = list(new)[i:i + world()]
-        scored.update(zip(chunk, share_out(score, chunk)))
-        keep()
+
+    def score_all(proposals):
+        new = [options for options in proposals if options not in scored]
+        for i in range(0, len(new), world()):
+            chunk = new[i:i + world()]
+            scored.update(zip(chunk, share_out(score, chunk)))
+            keep()
+        return [scored[options] for options in proposals]
+
+    proposed = len(history)
+    history, front, knee = with_swaps_back(history, config.candidates, score_all, penalty)
     rows = [{"options": list(e.options), "loss_db": e.loss_db, "penalty": e.penalty,
              "latency_ms": profile_device.network_ms(profile, choice_of(sites, e.options))} for e in history]
     Y, ref = np.array([e[1:] for e in history]), search.default_ref(history, penalty)
-    return {"sites": sites, "evaluations": rows, "front": front, "knee": knee, "base_val_db": base_db,
+    return {"sites": sites, "evaluations": rows, "proposed": proposed, "front": front, "knee": knee,
+            "base_val_db": base_db,
             "space": math.prod(map(len, search.available(penalty))), "ref": ref.tolist(),
             "hypervolume": search.hypervolume(Y, ref), "below_chord": search.below_chord(Y[front]).tolist(),
             "taken_back": [swap_effects(history[i], scored, sites, profile) for i in knee]}
 
 
 def stage_finetune(job, base, distill, search):
-    """Section II-D: candidates of the knee region, trained on all pairs; one is picked."""
+    """Section II-C: candidates of the knee region, trained on all pairs; one is picked."""
     config, net, sites = job.config, base_net(base, job.device), search["sites"]
     surrogates, tuned, rows = trained_surrogates(net, distill, config.seed), [], []
     for n, i in enumerate(search["knee"], start=1):
@@ -1264,11 +1373,14 @@ def stage_adapt(job):
     found = loaded(Path(config.from_), {"stage": "finetune"}, "give a finetuned.pt")
     sets = {"validation": job.pairs("val"), "test": job.pairs("test"), **named_pairs(config)}
     before = chosen_net(found, job.device)
+    window = window_of(config) or found["arch"]["window"]     # the net that was found keeps its own
+    blocks.set_window(before, window)
     after = trained(job, before, config.finetune_steps, config.finetune_lr, "finetune", "finetuned.part",
                     config.seed + 4)
-    params, gmacs = state_of(after), blocks.count_macs(blocks.deploy(after), (1, 3, *config.frame)) / 1e9
-    nets = {"before": as_scored(before, config), "after": as_scored(after, config)}
-    return {"params": params, "arch": found["arch"], "choice": found["choice"], "gmacs": gmacs,
+    nets = {"before": before, "after": after}
+    return {"params": state_of(after), "arch": {**found["arch"], "window": window}, "choice": found["choice"],
+            "gmacs": blocks.count_macs(blocks.deploy(after), (1, 3, *config.frame)) / 1e9,
+            "protocol": protocol(window),
             "scores": {name: score_nets(nets, pairs, job.device, name) for name, pairs in sets.items()}}
 
 
@@ -1287,11 +1399,11 @@ def measure_nets(job, table, nets, choices, count=30):
     """Latency of whole nets, {name: deployed net} and {name: choice} -> ({name: ms or None}, their sums).
 
     Locally `count` random configurations are timed in the same rounds, so that the sums say how well the
-    profiled blocks predict nets in general, whatever the machine's speed is by now.
+    profiled blocks predict nets in general, whatever the machine's speed is by now. A net without a choice is
+    timed alone.
     """
     config, shape = job.config, (1, 3, *job.config.frame)
-    where = {key: table[key] for key in (*WHERE, "frame") if key in table}
-    drift, repeat_tau = 1.0, None
+    where, repeat_tau = {key: table[key] for key in (*WHERE, "frame") if key in table}, None
     if config.target == "local":
         where.update(profile_device.machine(job.device))
         more = random_nets(list(table["sites"]), nets["base"], count, np.random.default_rng([config.seed, 5]))
@@ -1300,7 +1412,6 @@ def measure_nets(job, table, nets, choices, count=30):
         say(f"evaluate: timing {len(nets)} whole nets ...")
         entries = {name: (net, shape) for name, net in nets.items()}
         measured, repeat_tau = profile_device.time_nets(entries, job.device)
-        drift = measured["base"] / table["base_ms"]
     elif config.target == "qai-hub":
         entries = {name: (net.cpu(), shape) for name, net in nets.items()}
         found = profile_device.profile_hub(entries, **hub(job))
@@ -1309,26 +1420,28 @@ def measure_nets(job, table, nets, choices, count=30):
         measured = {name: result["ms"] for name, result in found.items()}
     else:
         measured = dict.fromkeys(nets)
-    return measured, {**profile_device.sums(table, choices, measured, where, drift), "repeat_tau": repeat_tau}
+    return measured, {**profile_device.sums(table, choices, measured, where), "repeat_tau": repeat_tau}
 
 
 def stage_evaluate(job, base, profile, finetune):
     """Section III: blurred input, base and chosen net on test pairs; sizes; whole-net latency."""
-    config, sets = job.config, named_pairs(job.config)
-    nets = {"base": base_net(base, job.device), "chosen": chosen_net(finetune, job.device)}
-    choices = {"base": {}, "chosen": finetune["choice"]}
-    deployed = {name: blocks.deploy(net) for name, net in nets.items()}
-    measured, sums = measure_nets(job, profile, deployed, choices)
-    nets = {name: as_scored(net, config) for name, net in nets.items()}
+    config, sets, window = job.config, named_pairs(job.config), base["arch"]["window"]
+    nets = {"base": blocks.deploy(base_net(base, job.device)),
+            "chosen": blocks.deploy(chosen_net(finetune, job.device))}
+    choices, reach = {"base": {}, "chosen": finetune["choice"]}, {}
+    if window:                                    # what the local window costs is told
+        reach = {"global attention": copy.deepcopy(nets["base"])}
+        blocks.set_window(reach["global attention"], None)
+    measured, sums = measure_nets(job, profile, {**nets, **reach}, choices)
     own = score_nets(nets, job.pairs("test"), job.device, "test")
     rows = {name: {**own[name], "params": blocks.count_params(net),
                    "mb": sum(p.numel() * p.element_size() for p in net.parameters()) / 1e6,
                    "gmacs": blocks.count_macs(net, (1, 3, *config.frame)) / 1e9, "latency_ms": measured[name],
-                   "predicted_ms": profile_device.network_ms(profile, choices[name])}
-            for name, net in deployed.items()}
+                   "predicted_ms": sums["drift"] * profile_device.network_ms(profile, choices[name])}
+            for name, net in nets.items()}
     tests = {name: score_nets(nets, test, job.device, name) for name, test in sets.items()}
     return {"test_pairs": own["pairs"], "blurred": own["blurred"], **rows, "tests": tests, "sums": sums,
-            "protocol": protocol(config)}
+            "protocol": protocol(window), "window": window, "global_ms": measured.get("global attention")}
 
 
 # --------------------------------------------------------------------------------------- the report
@@ -1420,6 +1533,21 @@ def gain_words(evaluate):
             f"{base['psnr_db'] - evaluate['blurred']['psnr_db']:+.2f} dB over the blurred input.")
 
 
+def pace_words(evaluate):
+    """What the predicted figures are, and what they are to be compared with, in one line."""
+    base, sums = evaluate["base"], evaluate["sums"]
+    if base["latency_ms"] is None:
+        return "Predicted: sums of the latency table; no net was measured."
+    words = ("Predicted: sums of profiled blocks, at the pace of this measurement: times "
+             f"{sums['drift']:.2f}, since the base net took {base['latency_ms']:.1f} ms in it and "
+             f"{base['latency_ms'] / sums['drift']:.1f} ms when its blocks were profiled.")
+    if evaluate["global_ms"] is not None:
+        words += (f" All is timed as it is scored, with a local window of {evaluate['window']} pixels: with "
+                  f"attention over the whole image the base net takes {evaluate['global_ms']:.1f} ms, so the "
+                  f"window makes it {base['latency_ms'] / evaluate['global_ms']:.2f} times as slow.")
+    return words
+
+
 def score_cell(score):
     return "{psnr_db:.2f}/{ssim:.3f}".format(**score).replace("/0.", "/.")
 
@@ -1492,16 +1620,20 @@ def front_section(found, diverged, pick):
         why = ("The candidates are, of the front without the base, the configurations furthest below the "
                "chord between its ends, both axes scaled to 1; distances of candidate 1 and on: "
                f"{distances}. Picked after fine-tuning: the {pick}.")
+    back = len(rows) - found["proposed"]
     return ["## The front",
-            f"{len(rows)} of {found['space']:,} configurations were scored; {len(found['front'])} are on the "
-            f"front. Hypervolume {found['hypervolume']:.3f}; its reference point: {ref[0]:.2f} dB, and "
-            f"{ref[1]:.2f} times the latency of the base net's blocks.",
+            f"{len(rows)} of {found['space']:,} configurations were scored: {found['proposed']} that the "
+            f"search proposed, and {back} that take one swap of a candidate back; {len(found['front'])} are "
+            f"on the front. Hypervolume {found['hypervolume']:.3f}; its reference point: {ref[0]:.2f} dB, "
+            f"and {ref[1]:.2f} times the latency of the base net's blocks.",
             *[f"Left out of the search, as their surrogates diverged: option {left_out}."] * bool(diverged),
             "![front](pareto.svg)", why]
 
 
 def nets_section(evaluate, finetune, found, profile, steps):
     """Table 3: base and every candidate before and after fine-tuning; base and chosen on test; published."""
+    drift = evaluate["sums"]["drift"]
+
     def row(name, options, predicted_ms, before, after, m=None):
         keys = ("millions", "mb", "ms", "psnr_db", "ssim")
         return [name, " ".join(map(str, options)), *([figures(m)[key] for key in keys] if m else [""] * 5),
@@ -1511,18 +1643,22 @@ def nets_section(evaluate, finetune, found, profile, steps):
     rows = [row("base", [0] * len(found["sites"]), base["predicted_ms"], found["base_val_db"], "", base)]
     for n, c in enumerate(candidates):
         name, on_test = (" (chosen)", evaluate["chosen"]) if n == picked else ("", None)
-        rows.append(row(f"candidate {n + 1}{name}", c["options"], c["latency_ms"], c["val_before_db"],
+        rows.append(row(f"candidate {n + 1}{name}", c["options"], drift * c["latency_ms"], c["val_before_db"],
                         f"{c['val_after_db']:.2f}", on_test))
     gains = [c["val_after_db"] - c["val_before_db"] for c in candidates]
-    rest = (f"plus {profile['rest_ms']:.1f} ms for the rest of the net" if profile["rest_ms"] else
-            "alone: there is no figure for the rest of the net")
+    rest = "alone: there is no figure for the rest of the net"
+    if profile["rest_ms"]:
+        rest = f"plus {profile['rest_ms']:.1f} ms for the rest of the net"
+    elif profile["scale"] != 1:
+        rest = f"times {profile['scale']:.2f}, since together they take longer alone than the whole net"
     head = ["", "options", "params, M", "MB", "ms", "PSNR dB", "SSIM", "predicted ms", "validation dB",
             "fine-tuned"]
     return ["## Table 3: base, candidates and chosen net",
             f"{steps} steps of fine-tuning change the candidates by {min(gains):+.2f} to "
             f"{max(gains):+.2f} dB on validation.", markdown(head, rows), PAPER_TABLE_3,
             f"Options in the order of the sites: {', '.join(found['sites'])}. PSNR and SSIM on test. "
-            f"Predicted are the blocks at the sites {rest}."]
+            f"Predicted are the blocks at the sites {rest}"
+            + (f", all times {drift:.2f}." if drift != 1 else ".")]
 
 
 def site_section(saliency, profile, found, finetune):
@@ -1543,8 +1679,8 @@ def site_section(saliency, profile, found, finetune):
     return ["## The chosen net, site by site", "\n".join(lines),
             markdown(["site", "saliency rank", "base ms", "choice", "its ms", "net, ms", "net, dB"], rows),
             "What each swap alone changes in predicted latency of the net and in PSNR on validation, before "
-            "fine-tuning: measured by taking it back. Saliency rank: among the sites, mean over the six "
-            "measures; 1 is the most salient."]
+            "fine-tuning: measured by taking it back. All ms at the pace of table 2. Saliency rank: among "
+            "the sites, mean over the six measures; 1 is the most salient."]
 
 
 def sums_section(sums):
@@ -1552,30 +1688,30 @@ def sums_section(sums):
     rows, error = sums["rows"], sums["mean_relative_error"]
     if not rows:
         return ["## Do the sums hold?", "No whole net was measured: the published table knows blocks only."]
-    drifted = sums["drift"] != 1
     words = [f"{len(rows)} nets, of which the base is right by construction and does not count: "
              + ("" if sums["tau"] is None else f"Kendall's tau {sums['tau']:.2f}, ")
-             + ("the base net alone was measured." if error is None else f"mean relative error {error:.1%}.")]
+             + ("the base net alone was measured." if error is None else
+                f"mean relative error {error:.1%}; without the drift, {sums['error_as_profiled']:.1%}.")]
     if sums["repeat_tau"] is not None:
         words.append(f"Two halves of the measurement itself agree to a tau of {sums['repeat_tau']:.2f}.")
-    if drifted:
-        words.append(f"The base net took {sums['drift']:.2f} times what it took when its blocks were "
-                     "profiled, in this machine's drift; predictions here are scaled by that.")
-    cells = [[row["net"], f"{row['predicted_ms']:.1f}", f"{row['measured_ms']:.1f}",
-              f"{row['predicted_ms'] / row['measured_ms'] - 1:+.1%}"] for row in rows]
+    words.append(f"The drift is {sums['drift']:.2f}: the base net took so many times what it took when its "
+                 "blocks were profiled.")
+    cells = [[row["net"], f"{row['predicted_ms'] / sums['drift']:.1f}", f"{row['predicted_ms']:.1f}",
+              f"{row['measured_ms']:.1f}", f"{row['predicted_ms'] / row['measured_ms'] - 1:+.1%}"]
+             for row in rows]
     return ["## Do the sums hold?", " ".join(words), measured_on(sums["measured_on"]),
-            markdown(["net", "predicted ms" + " x drift" * drifted, "measured ms", "error"], cells)]
+            markdown(["net", "as profiled, ms", "predicted ms: x drift", "measured ms", "error"], cells)]
 
 
 def made_section(config, art):
-    """Base net, seed, and the versions in the artefacts."""
+    """Splits, base net, seed, and the versions in the artefacts."""
     made = {}
     for name, content in art.items():
         made.setdefault(", ".join(f"{k} {v}" for k, v in content["versions"].items()), []).append(name)
     versions = [text if len(made) == 1 else f"{', '.join(names)}: {text}" for text, names in made.items()]
-    base = (f"are those of {config.weights}" if config.weights else
-            f"were trained in {config.base_steps} steps")
-    return ["## How this was made",
+    base = (f"are those of {config.weights}, which may have been trained on any of these pairs"
+            if config.weights else f"were trained in {config.base_steps} steps")
+    return ["## How this was made", validation_words(config),
             f"The base net's weights {base}. Seed {config.seed}; {'; '.join(versions)}."]
 
 
@@ -1589,15 +1725,15 @@ def adapted_text(config, tuned):
         f"# {config.from_} adapted to {config.data or 'made pairs'}",
         markdown(["PSNR dB/SSIM", "pairs", "blurred input", "before", "after"], rows),
         f"{config.finetune_steps} steps of fine-tuning from {config.finetune_lr}, no new search. "
-        + protocol(config),
+        + tuned["protocol"], validation_words(config),
         *test_tables(tests, gmacs, config.frame)]) + "\n"
 
 
-def front_picture(found, finetune):
-    """The search as SVG text: loss over predicted latency; how the front grew, base, candidates, chosen."""
+def front_picture(found, finetune, drift):
+    """The search as SVG text: loss over predicted latency, times drift; how the front grew, and its nets."""
     rows, picked = found["evaluations"], finetune["candidates"][finetune["picked"]]
-    at = lambda row: (row["latency_ms"], row["loss_db"])
-    tuned = (picked["latency_ms"], found["base_val_db"] - picked["val_after_db"])
+    at = lambda row: (drift * row["latency_ms"], row["loss_db"])
+    tuned = (at(picked)[0], found["base_val_db"] - picked["val_after_db"])
     design, Mark = min(len(rows), search.INITIAL + 2), search.Mark
     return search.front_svg(
         [at(row) for row in rows], sorted({design, (design + len(rows)) // 2, len(rows)}),
@@ -1666,14 +1802,14 @@ def samples_picture(pairs, base, chosen, device, count=4, side=224):
 def stage_report(job, base, saliency, profile, distill, search, finetune, evaluate):
     """Section III: report.md with all tables, pareto.svg, samples.png -> {file name: bytes}."""
     config = job.config
-    nets = [as_scored(net, config) for net in (base_net(base, job.device), chosen_net(finetune, job.device))]
+    nets = [blocks.deploy(net) for net in (base_net(base, job.device), chosen_net(finetune, job.device))]
     stream, frame = io.BytesIO(), "{}x{}".format(*config.frame)
     samples_picture(job.pairs("test"), *nets, job.device).save(stream, "PNG", dpi=(300, 300))
     gmacs = {name: evaluate[name]["gmacs"] for name in ("base", "chosen")}
     art = dict(base=base, saliency=saliency, profile=profile, distill=distill, search=search,
                finetune=finetune, evaluate=evaluate)
     text = "\n\n".join([
-        "# What did I gain", gain_words(evaluate), gain_table(evaluate),
+        "# What did I gain", gain_words(evaluate), gain_table(evaluate), pace_words(evaluate),
         f"{evaluate['test_pairs']} test pairs ({config.data or 'made'}); frame {frame}. "
         f"{evaluate['protocol']} "
         "Test images took no part in training, search or selection.", "![samples](samples.png)",
@@ -1683,8 +1819,8 @@ def stage_report(job, base, saliency, profile, distill, search, finetune, evalua
         *test_tables(evaluate["tests"], gmacs, config.frame),
         *site_section(saliency, profile, search, finetune),
         *sums_section(evaluate["sums"]), *made_section(config, art)]) + "\n"
-    return {"pareto.svg": front_picture(search, finetune).encode(), "samples.png": stream.getvalue(),
-            "report.md": text.encode()}
+    picture = front_picture(search, finetune, evaluate["sums"]["drift"])
+    return {"pareto.svg": picture.encode(), "samples.png": stream.getvalue(), "report.md": text.encode()}
 
 
 # ------------------------------------------------------- one photograph, one exported program
@@ -1699,23 +1835,42 @@ def tile_starts(side, tile, overlap):
 def deblur(net, image, device="cpu", tile=512, overlap=64):
     """uint8 (3, H, W) of any size -> the same, restored; large images in overlapping tiles.
 
-    Tiles fade into one another over `overlap` pixels, so that nothing shows where they meet.
+    Tiles fade into one another over `overlap` pixels, so that nothing shows where they meet. Besides the two
+    images, memory holds one row of tiles.
     """
     height, width = image.shape[-2:]
     if height <= tile and width <= tile:
         return (restore(net, [image], device)[0] * 255).round().byte().cpu()
-    total, weight = torch.zeros(3, height, width), torch.zeros(height, width)
     rows, cols = (tile_starts(side, tile, overlap) for side in (height, width))
     fade = torch.minimum(torch.arange(1, tile + 1), torch.arange(tile, 0, -1)).clamp(max=overlap) / overlap
-    tick = progress("deblur", len(rows) * len(cols))
-    for done, (top, left) in enumerate(itertools.product(rows, cols), start=1):
-        window = image[:, top:top + tile, left:left + tile]
-        share = fade[:window.shape[1], None] * fade[None, :window.shape[2]]
-        with torch.inference_mode():
-            total[:, top:top + tile, left:left + tile] += net(as_batch([window], device))[0].cpu() * share
-        weight[top:top + tile, left:left + tile] += share
-        tick(done)
-    return (quantize(total / weight) * 255).round().byte()
+    out, total, weight = torch.empty_like(image), torch.zeros(3, tile, width), torch.zeros(1, tile, width)
+    tick, done = progress("deblur", len(rows) * len(cols)), itertools.count(1)
+    for top, following in zip(rows, [*rows[1:], height]):
+        for left in cols:
+            window = image[:, top:top + tile, left:left + tile]
+            share = fade[:window.shape[1], None] * fade[None, :window.shape[2]]
+            here = (slice(None), slice(window.shape[1]), slice(left, left + tile))
+            with torch.inference_mode():
+                total[here] += net(as_batch([window], device))[0].cpu() * share
+            weight[here] += share
+            tick(next(done))
+        ready = following - top                   # rows that no further tile covers
+        out[:, top:following] = (quantize(total[:, :ready] / weight[:, :ready]) * 255).round()
+        total, weight = (F.pad(rows_left[:, ready:], (0, 0, 0, ready)) for rows_left in (total, weight))
+    return out
+
+
+def tiling_db(net, image, restored, device="cpu", side=768, margin=64):
+    """What tiles cost: PSNR in dB of `restored`, in tiles, against one pass over the middle of the image.
+
+    At most side x side pixels, less a margin where the image goes on beyond them.
+    """
+    at = [max(0, (length - side) // 2) for length in image.shape[-2:]]
+    part = [slice(start, start + side) for start in at]
+    whole = restore(net, [image[:, part[0], part[1]]], device)[0].cpu()
+    inner = [slice(margin, -margin) if start else slice(None) for start in at]
+    tiles = restored[:, part[0], part[1]][:, inner[0], inner[1]].float() / 255
+    return psnr(whole[:, inner[0], inner[1]], tiles).item()
 
 
 def deblur_file(net, source, target, device):
@@ -1723,6 +1878,8 @@ def deblur_file(net, source, target, device):
     suffix = target.suffix.lower()
     if suffix not in IMAGES:
         raise InputError(f"--output {target}: unknown kind of image; end it in .png or .jpg")
+    if target.is_dir():
+        raise InputError(f"--output {target} is a folder: give a file in it")
     writable(target.parent)
 
     def extras(image):
@@ -1732,14 +1889,20 @@ def deblur_file(net, source, target, device):
         return profile, ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
 
     rgb, (profile, alpha), stream = load_image(source), photo(source, extras), io.BytesIO()
-    image = Image.fromarray(deblur(net, rgb, device).permute(1, 2, 0).numpy())
+    restored = deblur(net, rgb, device)
+    if max(rgb.shape) > 512:
+        say("deblur: done in tiles; against one pass over the middle of the picture they have "
+            f"{tiling_db(net, rgb, restored, device):.1f} dB (PSNR)")
+    del rgb                                       # of a large photograph, each copy counts
+    image = Image.fromarray(restored.permute(1, 2, 0).numpy())
+    del restored
     if alpha is not None and suffix == ".png":
         image.putalpha(alpha)
     try:
         image.save(stream, Image.registered_extensions()[suffix], quality=95, icc_profile=profile)
     except Exception as error:                    # too large for the format, say
         raise InputError(f"--output {target} cannot be made ({first_line(error)}): give .png") from None
-    write_file(target, stream.getvalue())
+    write_file(target, stream.getbuffer())
 
 
 def tuned_in(out, stage):
@@ -1964,7 +2127,7 @@ def conclude(config, last, out, known):
     if last in ("evaluate", "report"):
         metrics = current(out, config, "evaluate", known, "report")
         gmacs = {name: metrics[name]["gmacs"] for name in ("base", "chosen")}
-        parts = [gain_table(metrics), gain_words(metrics),
+        parts = [gain_table(metrics), gain_words(metrics), pace_words(metrics),
                  *test_tables(metrics["tests"], gmacs, config.frame)]
     elif last == "finetune" and config.from_:
         text = adapted_text(config, current(out, config, "finetune", known, "finetune"))
@@ -1988,7 +2151,10 @@ def run(config, stage, out, device="cpu", force=False):
     pairs = functools.cache(lambda split: pairs_of[split](config, split))
     if config.from_ and stage != "finetune":
         raise InputError(f"--from {config.from_} goes with --stage finetune, not {stage}")
-    if stage == "all":                                    # what is wrong with data is better known at once
+    if stage == "all":                                    # what is wrong with these is better known at once
+        if config.target == "qai-hub" and (force or not all(
+                (out / STAGES[name].file).exists() for name in ("profile", "evaluate"))):
+            first(lambda: profile_device.hub_client(config.hub_device) and None)
         agreed(lambda: (config.data and [pairs(split) for split in ("train", "test")], named_pairs(config)))
     with held(out):
         for name in STAGES if stage == "all" else [stage]:
@@ -2109,6 +2275,7 @@ def obey(args, config, out, device):
     if args.stage == "deblur":
         first(lambda: run_deblur(args.input, args.output, out, device))
     elif args.stage == "export":
+        agreed(lambda: rank() or out.exists() or tuned_in(out, "export"))
         with held(out):
             first(lambda: run_export(out, getattr(args, "frame", None)))
     else:
@@ -2135,7 +2302,9 @@ def main(argv=None):
             torch.set_num_threads(args.threads)
         with joined(args.device) as device:
             obey(args, config, Path(args.out or f"runs/{args.preset}"), device)
-    except (InputError, profile_device.HubError, OSError) as error:
+    except (InputError, profile_device.HubError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         if rank() == 0:
             print(f"hwdeblur: {one_line(error)}", file=sys.stderr)
         else:

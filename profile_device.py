@@ -2,8 +2,9 @@
 
 A latency table is a dict that goes into JSON as it is:
   sites {site: [ms of option 0, 1, .., None where the device cannot run it]}, rest_ms (the net without
-  those blocks), base_ms (the whole base net, measured at once), options (class names), frame [H, W],
-  what it was measured on, and, from AI Hub, modules {name: its `profile_hub` result and sites}.
+  those blocks), base_ms (the whole base net, measured at once), scale (of blocks in sums, see `whole_net`),
+  options (class names), frame [H, W], what it was measured on, and, from AI Hub, modules {name: its
+  `profile_hub` result and sites}.
 Batch 1; pass `deploy` so that latency is that of deployed modules. torch only (qai_hub where AI Hub is
 asked for): this file can be copied by itself.
 """
@@ -253,14 +254,25 @@ def time_in_place(keys, entries, device="cpu", rounds=60, warmup=3):
     return times
 
 
+def whole_net(base_ms, sites):
+    """{base_ms, rest_ms, scale}: with these, `network_ms` of the base net is the base net's ms, if known.
+
+    Blocks that, timed alone, take longer together than the net that they are in (8 x 53 against 177 ms in the
+    paper) are scaled down to it, and leave nothing for the rest: no sum can be negative.
+    """
+    total = sum(row[0] for row in sites.values())
+    if base_ms is None or total <= base_ms:
+        return {"base_ms": base_ms, "rest_ms": 0.0 if base_ms is None else base_ms - total, "scale": 1.0}
+    return {"base_ms": base_ms, "rest_ms": 0.0, "scale": base_ms / total}
+
+
 def local_timing(net, blocks, frame, deploy, device, rounds):
     """Times on `device`; equal (block type, shape) share one."""
     keys, entries = distinct_modules(net, blocks, frame, deploy, device)
     times = time_in_place(keys, entries, device, rounds)
     ms = settled(times)
     sites = {site: [ms[key] for key in row] for site, row in keys.items()}
-    return {**machine(device), "sites": sites, "base_ms": ms["net"],
-            "rest_ms": ms["net"] - sum(row[0] for row in sites.values()),
+    return {**machine(device), "sites": sites, **whole_net(ms["net"], sites),
             "statistic": "lower quartile of interleaved rounds, the pace of each divided out",
             "rounds": rounds, "spread": max(relative_spread(samples) for samples in times.values())}
 
@@ -507,8 +519,8 @@ def profile_hub(entries, device=HUB_DEVICE, runtime="tflite", jobs=None, force=F
             if force:
                 notes.pop(key, None)
             session.running[key] = submit(session, key, *entry)
-            if sys.stderr.isatty():
-                show(session)
+            if sys.stderr.isatty() or len(session.running) == 1:
+                show(session)                     # a log is told of the first one, and of each that ends
         pause = 0.5
         while look_all(session):
             time.sleep(pause)
@@ -531,6 +543,10 @@ def remarks(table):
         elif on_cpu:
             lines.append(f"{where} falls back to the CPU in {len(on_cpu)} of {len(layers)} layers: "
                          f"{', '.join(sorted(set(on_cpu)))}")
+    if table.get("scale", 1.0) < 1:
+        lines.append(f"timed alone, the blocks at the sites take {table['base_ms'] / table['scale']:.1f} ms, "
+                     f"the whole net that they are in {table['base_ms']:.1f}: whole nets are predicted from "
+                     f"the blocks times {table['scale']:.2f}, and nothing for the rest")
     return lines
 
 
@@ -556,11 +572,10 @@ def hub_timing(net, blocks, frame, deploy, device=HUB_DEVICE, runtime="tflite", 
                            f"{failure(found[row[0]])}; give another --hub-runtime or --hub-device")
     sites = {site: [found[key]["ms"] for key in row] for site, row in keys.items()}
     where = {key: [site for site, row in keys.items() if key in row] for key in entries}
-    base_ms = found["net"]["ms"]
     return {"device": device, "runtime": runtime, "precision": "float32 as uploaded",
-            "date": max(result["date"] for result in found.values()), "sites": sites, "base_ms": base_ms,
+            "date": max(result["date"] for result in found.values()), "sites": sites,
+            **whole_net(found["net"]["ms"], sites),
             "statistic": "the hub's own estimate (by its documentation the minimum of about 100 runs)",
-            "rest_ms": 0.0 if base_ms is None else base_ms - sum(row[0] for row in sites.values()),
             "modules": {title(*entries[key]): {**found[key], "sites": where[key]} for key in entries}}
 
 
@@ -572,7 +587,7 @@ def paper_timing(sites, n_options):
     return {"device": f"{HUB_DEVICE} (published, not measured here)", "runtime": "not stated",
             "precision": "not stated", "date": "as published",
             "sites": {site: list(PAPER_BLOCK_MS) for site in sites},
-            "rest_ms": 0.0, "base_ms": PAPER_BASE_MS}
+            "rest_ms": 0.0, "scale": 1.0, "base_ms": PAPER_BASE_MS}
 
 
 def in_eval_mode(module):
@@ -606,10 +621,10 @@ def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cp
 def network_ms(table, choice):
     """Predicted latency of a whole net: the rest plus one block per site; sites not in choice keep 0.
 
-    Infinite where the device cannot run a chosen block.
+    Infinite where the device cannot run a chosen block; never negative (`whole_net`).
     """
     rows = [row[choice.get(site, 0)] for site, row in table["sites"].items()]
-    return math.inf if None in rows else table["rest_ms"] + sum(rows)
+    return math.inf if None in rows else table["rest_ms"] + table.get("scale", 1.0) * sum(rows)
 
 
 # --------------------------------------------------------------------------------- do the sums hold?
@@ -633,20 +648,24 @@ def time_nets(entries, device="cpu", rounds=30):
     return settled({name: halves[0][name] + halves[1][name] for name in entries}), repeat_tau
 
 
-def sums(table, choices, measured, where, drift=1.0):
+def sums(table, choices, measured, where):
     """Predicted against measured ms of the nets that were measured, on `where`.
 
-    choices {name: choice}, measured {name: ms or None}; drift: how much slower the machine runs than when
-    the table was made; predictions are multiplied by it. Returns {rows, drift, measured_on, tau: Kendall's,
-    None below three nets, mean_relative_error, None without a measurement}; the base net, on which the
-    table's sum is right by construction, has a row but no part in tau and error.
+    choices {name: choice}, measured {name: ms or None}. Returns {rows, drift, measured_on, tau: Kendall's,
+    None below three nets, mean_relative_error and error_as_profiled, None without a measurement}. drift: how
+    much slower the base net was than when the table was made; predicted_ms of the rows is the table's sum
+    times it, error_as_profiled the error without it. The base net, right by construction, has a row but no
+    part in tau and errors.
     """
-    rows = [{"net": name, "predicted_ms": drift * network_ms(table, choice), "measured_ms": measured[name]}
-            for name, choice in choices.items() if measured[name] is not None]
+    known = {name: measured[name] for name in choices if measured[name] is not None}
+    drift = known["base"] / table["base_ms"] if "base" in known and table["base_ms"] else 1.0
+    rows = [{"net": name, "predicted_ms": drift * network_ms(table, choices[name]), "measured_ms": ms}
+            for name, ms in known.items()]
     pairs = [(row["predicted_ms"], row["measured_ms"]) for row in rows if row["net"] != "base"]
+    error = lambda pace: statistics.fmean(abs(p / pace / m - 1) for p, m in pairs) if pairs else None
     return {"rows": rows, "drift": drift, "measured_on": where if rows else None,
             "tau": kendall_tau(*zip(*pairs)) if len(pairs) > 2 else None,
-            "mean_relative_error": statistics.fmean(abs(p / m - 1) for p, m in pairs) if pairs else None}
+            "mean_relative_error": error(1.0), "error_as_profiled": error(drift)}
 
 
 # ------------------------------------------------------------------ the operators blocks are made of
