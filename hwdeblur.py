@@ -219,8 +219,9 @@ def check(config):
     if not config.data and config.crop > config.made_size:
         raise InputError(f"--crop {config.crop} is larger than --made-size {config.made_size}")
     made = 6 * (config.made_train + 2 * config.made_test) * config.made_size ** 2
+    step = config.width * config.batch * config.crop ** 2
     sizes = {"--width, doubled at each stage of --enc, comes to": (config.width * 2 ** len(config.enc), 8192),
-             "--width x --batch x --crop squared is": (config.width * config.batch * config.crop ** 2, 2 ** 31),
+             "--width x --batch x --crop squared is": (step, 2 ** 31),
              "--width x --frame is": (config.width * math.prod(config.frame), 2 ** 29),
              "6 bytes x --made-size squared x (--made-train + 2 --made-test) is": (made, 2 ** 34)}
     for what, (size, most) in sizes.items():
@@ -1282,6 +1283,16 @@ def kept_scores(job):
     return scored, keep
 
 
+def score_new(score, scored, keep, proposals):
+    """[dB lost of each proposal]; those that are not in `scored` are scored, added to it, and kept."""
+    new = [options for options in proposals if options not in scored]
+    for i in range(0, len(new), world()):
+        chunk = new[i:i + world()]
+        scored.update(zip(chunk, share_out(score, chunk)))
+        keep()
+    return [scored[options] for options in proposals]
+
+
 def best_compromises(history, count):
     """(the front, at most `count` of its knee region, best first), as positions in history."""
     Y = np.array([e[1:] for e in history])
@@ -1326,16 +1337,7 @@ def stage_search(job, base, saliency, profile, distill):
                                 history=history, batch=world(), map=share_out, each=each)
     for warning in ended:
         say(str(warning.message))
-
-    def score_all(proposals):
-        new = [options for options in proposals if options not in scored]
-        for i in range(0, len(new), world()):
-            chunk = new[i:i + world()]
-            scored.update(zip(chunk, share_out(score, chunk)))
-            keep()
-        return [scored[options] for options in proposals]
-
-    proposed = len(history)
+    proposed, score_all = len(history), functools.partial(score_new, score, scored, keep)
     history, front, knee = with_swaps_back(history, config.candidates, score_all, penalty)
     rows = [{"options": list(e.options), "loss_db": e.loss_db, "penalty": e.penalty,
              "latency_ms": profile_device.network_ms(profile, choice_of(sites, e.options))} for e in history]
