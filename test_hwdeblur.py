@@ -779,7 +779,7 @@ class Profile(unittest.TestCase):
         self.assertGreater(np.abs(medians[1] - 1).max(), 0.2)
 
     def test_a_block_takes_the_mean_of_its_calls_inside_the_net(self):
-        """By a clock that each call of a block moves on, by 1 and 3 ms in turn for the first kind of block."""
+        """By a clock that each call of a block moves on, by 1 and 3 ms in turn for the first kind."""
         net, clock, turns = small_net(enc=(1,), dec=(1,)), [0.0], {}
         kinds = {name: nn.Conv2d(4, 4, 1) for name in ("first", "second")}
 
@@ -1871,6 +1871,44 @@ class OneNet(unittest.TestCase):
         keys = {profile_device.job_key(block, (1, 4, 8, 8), "", "") for block in (
             blocks.NAFBlock(4), blocks.NAFBlock(4, 12), blocks.NAFBlock(4, 6))}
         self.assertEqual(len(keys), 3)            # a phone's time of one is not the other's
+
+    def test_what_is_made_adapted_used_and_exported_has_the_window(self):
+        out = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        picture = images(3, 40, 36).mul(255).byte()
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out / "in.png")
+        pairs, plain = [(picture, picture)] * 2, small_net(enc=(1, 1))
+        torch.save(plain.state_dict(), out / "w.pth")
+        config = hwdeblur.Config(weights=str(out / "w.pth"), tlc=True, crop=8, candidates=1, finetune_steps=0)
+        job = hwdeblur.Job(config, lambda split: pairs, "cpu", out, {"stage": "finetune", "seed": 0})
+        base = hwdeblur.stage_base(job)
+        expected = copy.deepcopy(plain)
+        blocks.set_window(expected, 12)
+        self.assertEqual(base["val"], hwdeblur.evaluate(expected, pairs))
+        self.assertNotEqual(base["val"], hwdeblur.evaluate(plain, pairs))
+        found = {"sites": ["mid.0"], "base_val_db": 0.0, "knee": [0],
+                 "evaluations": [{"options": [0], "loss_db": 0.0, "latency_ms": 1.0}]}
+        tuned = quiet(hwdeblur.stage_finetune, job, base, {"params": {}}, found)
+        self.assertEqual(tuned["candidates"][0]["val_after_db"], base["val"]["psnr_db"])
+        head = {"stage": "finetune", "seed": 0, "config": {"frame": [40, 36]}, "inputs": {},
+                "options": [block.__name__ for block in blocks.BLOCKS]}
+        hwdeblur.saved(out / "finetuned.pt", tuned, head)
+        deblur = ["deblur", "--input", str(out / "in.png"), "--output", str(out / "out.png")]
+        for args in (deblur, ["export"]):
+            self.assertEqual(quiet(hwdeblur.main, ["--stage", *args, "--out", str(out)]), 0)
+        x = picture[None] / 255
+        got = torch.from_numpy(np.array(Image.open(out / "out.png"))).permute(2, 0, 1)
+        self.assertLessEqual((got - expected(x)[0].clamp(0, 1) * 255).abs().max(), 0.51)
+        self.assertGreater((got - plain(x)[0].clamp(0, 1) * 255).abs().max(), 2)
+        exported = torch.export.load(out / "deblur.pt2").module()(x)
+        torch.testing.assert_close(exported, expected(x), rtol=1e-4, atol=1e-4)
+        for more, window in (({}, 12), ({"tlc": True}, 24)):           # a net that was found keeps its window
+            config = hwdeblur.Config(from_=str(out / "finetuned.pt"), crop=16, finetune_steps=0, **more)
+            with mock.patch.object(hwdeblur, "score_nets", lambda nets, *rest: nets):
+                adapted = quiet(hwdeblur.stage_adapt, job._replace(config=config))
+            self.assertEqual(adapted["arch"]["window"], window)
+            self.assertIn(f"a local window of {window} pixels", adapted["protocol"])
+            for nets in adapted["scores"].values():
+                self.assertEqual([net.blocks()["enc0.0"].window for net in nets.values()], [window] * 2)
 
     def test_whole_nets_are_timed_as_they_are_scored_and_without_the_window_for_comparison(self):
         net, timed, scored = small_net(enc=(1, 1)), {}, {}
