@@ -1484,6 +1484,19 @@ class Report(unittest.TestCase):
                                         table)
         self.assertEqual(effects, {"cost_db": {"a": 1.25, "c": 0.5}, "saved_ms": {"a": 2.0, "c": 1.5}})
 
+    def test_all_predicted_latencies_of_whole_nets_are_at_the_pace_of_the_measurement(self):
+        rows = [{"options": [0], "latency_ms": 10.0, "loss_db": 0.0},
+                {"options": [1], "latency_ms": 4.0, "loss_db": 0.5}]
+        found = {"evaluations": rows, "base_val_db": 30.0, "sites": ["mid.0"]}
+        tuned = {"candidates": [{**rows[1], "val_before_db": 29.5, "val_after_db": 29.75}], "picked": 0}
+        picture = "".join(hwdeblur.front_picture(found, tuned, 2.0).split("tspan"))
+        self.assertRegex(picture, "(?s)20.0 ms, 0.00 dB.*8.0 ms, 0.50 dB")
+        net = dict(params=1, mb=1.0, gmacs=1.0, ssim=1.0, psnr_db=1.0, latency_ms=20.0, predicted_ms=20.0)
+        evaluated = {"base": net, "chosen": net, "sums": {"drift": 2.0}}
+        text = hwdeblur.nets_section(evaluated, tuned, found, {"rest_ms": 3.0}, 1)
+        self.assertRegex(text[2], r"\| candidate 1 \(chosen\) .*\| 8.0 +\| 29.50")
+        self.assertRegex(text[4], "plus 3.0 ms for the rest of the net, all times 2.00")
+
     def test_a_base_that_is_alone_on_the_front_is_named(self):
         found = {"evaluations": [{"options": [0]}, {"options": [1]}], "front": [0], "knee": [0],
                  "ref": [1.0, 1.1], "proposed": 1, "space": 2, "hypervolume": 0.1, "below_chord": [0.0]}
