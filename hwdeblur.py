@@ -639,10 +639,12 @@ def made_pair(size, rng, frames=24, margin=16):
     x, y, turn, zoom = camera_path(frames, rng).T
     c, s = (1 + zoom) * np.cos(turn), (1 + zoom) * np.sin(turn)
     theta = np.stack([c, -s, 4 * x / side, s, c, 4 * y / side], 1).reshape(frames, 2, 3)
-    grid = F.affine_grid(torch.from_numpy(theta).float(), (frames, 3, side, side), align_corners=False)
     inside = slice(2 * margin, -2 * margin)
-    blur = sum(F.grid_sample(linear, g[None], padding_mode="reflection", align_corners=False)
-               for g in grid[:, inside, inside]) / frames
+    at = ((torch.arange(side) * 2 + 1) / side - 1)[inside]             # grid_sample's coordinates of pixels
+    grid = [torch.stack([a * at + b * at[:, None] + d for a, b, d in rows], -1)[None]
+            for rows in torch.from_numpy(theta).float()]
+    blur = sum(F.grid_sample(linear, g, padding_mode="reflection", align_corners=False)
+               for g in grid) / frames
     return to_eight_bits(linear[..., inside, inside]), to_eight_bits(blur)
 
 
@@ -2308,7 +2310,7 @@ def main(argv=None):
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         if rank() == 0:
-            print(f"hwdeblur: {one_line(error)}", file=sys.stderr)
+            print("hwdeblur:", one_line(error).replace("\n", " "), file=sys.stderr)
         else:
             time.sleep(2)                         # torchrun ends all ranks with the first: rank 0 tells why
         return 2
