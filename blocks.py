@@ -34,8 +34,11 @@ def layer_norm(x, weight, bias, eps=1e-6):
 def sliding_mean(x, size, dim):
     """Mean of x over every full window of `size` along `dim`; that axis shrinks by size - 1.
 
-    Running sums in float64: differences of float32 ones lose digits over large maps.
+    Running sums in float64: differences of float32 ones lose digits over large maps. In an exported program
+    it is an average pool, slower here, but known to every device.
     """
+    if torch.compiler.is_exporting():
+        return F.avg_pool2d(x, (size, 1) if dim == 2 else (1, size), stride=1)
     zero = torch.zeros_like(x.narrow(dim, 0, 1), dtype=torch.float64)
     total = torch.cat([zero, x.cumsum(dim, dtype=torch.float64)], dim)
     count = x.shape[dim] + 1 - size

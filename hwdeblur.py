@@ -152,7 +152,7 @@ class Config:
     grad_clip: float = knob(0.0, "base finetune adapt", "norm at which gradients are cut, 0: none", 0, 1e9)
     tlc: bool = knob(False, "base adapt",
                      "attention over a window of 1.5 x --crop in every net, timed so too (Chu et al. 2021)")
-    base_steps: int = knob(2100, "base", "length of base training", 0, unit="steps")
+    base_steps: int = knob(2100, "base", "length of base training", 0, 10 ** 7, "steps")
     base_lr: float = knob(2e-3, "base", "first learning rate, cosine to 1e-7", 1e-12, 1e30)
     frame: tuple = knob((256, 256), "profile adapt", "input of the profiled net, H or HxW", 1, 8192, "pixels")
     target: str = knob("local", "profile", "latency table: this machine, a phone, or the paper's table 2",
@@ -162,12 +162,12 @@ class Config:
     hub_runtime: str = knob("tflite", "profile", f"runtime on it: {', '.join(profile_device.HUB_RUNTIMES)}",
                             choices=profile_device.HUB_RUNTIMES)
     distill_share: float = knob(0.25, "distill", "share of the training pairs that it sees (II-B)", 1e-6, 1)
-    distill_steps: int = knob(150, "distill", "length of it, all surrogates at once (II-B)", 0, unit="steps")
+    distill_steps: int = knob(150, "distill", "length of it, all at once (II-B)", 0, 10 ** 7, "steps")
     distill_lr: float = knob(4e-3, "distill", "first learning rate, cosine to 0", 1e-12, 1e30)
     evaluations: int = knob(100, "search", "configurations that the search proposes (II-C)", 1)
     candidates: int = knob(3, "search", "architectures of the knee region that are fine-tuned (II-C)", 1)
     from_: str = knob("", "finetune adapt", "a finetuned.pt to adapt to --data, without a search (III-C)")
-    finetune_steps: int = knob(200, "finetune adapt", "length of it, each candidate", 0, unit="steps")
+    finetune_steps: int = knob(200, "finetune adapt", "length of it, each candidate", 0, 10 ** 7, "steps")
     finetune_lr: float = knob(5e-4, "finetune adapt", "first learning rate, cosine to 1e-7", 1e-12, 1e30)
     pick: str = knob("best", "finetune", "of the fine-tuned candidates: best (PSNR) or fastest (III-A)",
                      choices=("best", "fastest"))
@@ -239,7 +239,8 @@ def window_of(config):
 
 def rank():
     """This process's number among those that torchrun started, 0 if it is the only one."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    number = os.environ.get("RANK", "0")
+    return dist.get_rank() if dist.is_initialized() else int(number) if number.isdigit() else 0
 
 
 def world():
@@ -714,12 +715,14 @@ def photo(path, use):
 def eight_bits(image):
     """A PIL image of numbers, 16 or 32 bits or float, as grey of 8 bits.
 
-    White is 65535 where pixels have 16 bits; else 1, 255 or 65535, the first that no pixel exceeds.
+    White is 65535 where pixels have 16 bits; else it is the first of 1, 255 and 65535 that all but a fiftieth
+    of the pixels stay below (highlights may exceed it by far, and edges that were sharpened a little).
     """
-    values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0)
-    tops = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535, values.max())
-    top = next(top for top in tops if values.max() <= top)
-    return Image.fromarray((values.clip(0) * (255 / top) + 0.5).astype(np.uint8))
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    level = np.quantile(values, 0.98)
+    tops = (65535,) if image.mode.startswith("I;16") or image.format in ("PNG", "PPM") else (1, 255, 65535)
+    top = next((top for top in tops if level <= 1.01 * top), level)
+    return Image.fromarray((values.clip(0, top) * (255 / top) + 0.5).astype(np.uint8))
 
 
 def to_rgb(image):
@@ -870,19 +873,19 @@ def named_pairs(config):
 
 def scenes_of(pairs):
     """{scene: its pairs}; a scene is the folder of the sharp file or, where all share one, that file."""
-    folders = {sharp.parent.resolve() for sharp, _ in pairs}
-    scenes = {}
+    folders, scenes = {sharp.parent.resolve() for sharp, _ in pairs}, {}
     for sharp, blur in pairs:
-        scene = sharp.resolve()
-        scenes.setdefault(scene.parent if len(folders) > 1 else scene, []).append((sharp, blur))
+        scene = sharp.parent if len(folders) > 1 else sharp
+        scenes.setdefault(scene.resolve(), []).append((sharp, blur))
     return scenes
 
 
 def carved(pairs, most, seed):
     """Pairs of train -> (train, validation, words on how it was carved); no scene is on both sides.
 
-    An eighth of the scenes is held back, at least one, never the largest; of their pairs, `most` at equal
-    distances become validation, and the rest, as like them as frames of one film, are in neither.
+    An eighth of the scenes is held back, at least one, at most `most`, never the largest; of their pairs,
+    `most` at equal distances become validation, and the rest, as like them as frames of one film, are in
+    neither.
     """
     scenes = scenes_of(pairs)
     if len(scenes) < 2:
@@ -1070,8 +1073,7 @@ def score_nets(nets, pairs, device="cpu", label=""):
 
 def protocol(window):
     """How images are scored by nets with this attention window, in words."""
-    reach = (f"a local window of {window} pixels, 1.5 x the training crop (--tlc)" if window else
-             "the whole image")
+    reach = f"a local window of {window} pixels (--tlc)" if window else "the whole image"
     return ("Protocol: whole RGB images, outputs clamped and rounded to 8 bits, no border crop, "
             f"no alignment; channel attention averages over {reach}.")
 
@@ -1377,7 +1379,7 @@ def stage_adapt(job):
     found = loaded(Path(config.from_), {"stage": "finetune"}, "give a finetuned.pt")
     sets = {"validation": job.pairs("val"), "test": job.pairs("test"), **named_pairs(config)}
     before = chosen_net(found, job.device)
-    window = window_of(config) or found["arch"]["window"]     # the net that was found keeps its own
+    window = window_of(config) or found["arch"].get("window")          # the net that was found keeps its own
     blocks.set_window(before, window)
     after = trained(job, before, config.finetune_steps, config.finetune_lr, "finetune", "finetuned.part",
                     config.seed + 4)
@@ -1403,8 +1405,8 @@ def measure_nets(job, table, nets, choices, count=30):
     """Latency of whole nets, {name: deployed net} and {name: choice} -> ({name: ms or None}, their sums).
 
     Locally `count` random configurations are timed in the same rounds, so that the sums say how well the
-    profiled blocks predict nets in general, whatever the machine's speed is by now. A net without a choice is
-    timed alone.
+    profiled blocks predict nets in general, whatever the machine's speed is by now. A net without a choice
+    has a time, but no sum.
     """
     config, shape = job.config, (1, 3, *job.config.frame)
     where, repeat_tau = {key: table[key] for key in (*WHERE, "frame") if key in table}, None
@@ -1417,7 +1419,7 @@ def measure_nets(job, table, nets, choices, count=30):
         entries = {name: (net, shape) for name, net in nets.items()}
         measured, repeat_tau = profile_device.time_nets(entries, job.device)
     elif config.target == "qai-hub":
-        entries = {name: (net.cpu(), shape) for name, net in nets.items()}
+        entries = {name: (copy.deepcopy(net).cpu(), shape) for name, net in nets.items()}
         found = profile_device.profile_hub(entries, **hub(job))
         for line in profile_device.remarks({"modules": found}):
             say(line)
@@ -1683,8 +1685,9 @@ def site_section(saliency, profile, found, finetune):
     return ["## The chosen net, site by site", "\n".join(lines),
             markdown(["site", "saliency rank", "base ms", "choice", "its ms", "net, ms", "net, dB"], rows),
             "What each swap alone changes in predicted latency of the net and in PSNR on validation, before "
-            "fine-tuning: measured by taking it back. All ms at the pace of table 2. Saliency rank: among "
-            "the sites, mean over the six measures; 1 is the most salient."]
+            "fine-tuning: measured by taking it back. All ms at the pace of table 2, those of the net as "
+            "whole nets are predicted. Saliency rank: among the sites, mean over the six measures; 1 is the "
+            "most salient."]
 
 
 def sums_section(sums):
@@ -2143,6 +2146,12 @@ def conclude(config, last, out, known):
           f"  python hwdeblur.py --stage deblur --out {out} --input photo.jpg --output sharp.png")
 
 
+def asked_hub(config, out, force):
+    """Refuse a token or a device that the hub does not know, unless all that it is asked for is there."""
+    if force or not all((out / STAGES[name].file).exists() for name in ("profile", "evaluate")):
+        profile_device.hub_client(config.hub_device)
+
+
 def run(config, stage, out, device="cpu", force=False):
     """Run one stage, or "all" in order, in folder `out`; what is there and fits is reused.
 
@@ -2156,9 +2165,8 @@ def run(config, stage, out, device="cpu", force=False):
     if config.from_ and stage != "finetune":
         raise InputError(f"--from {config.from_} goes with --stage finetune, not {stage}")
     if stage == "all":                                    # what is wrong with these is better known at once
-        if config.target == "qai-hub" and (force or not all(
-                (out / STAGES[name].file).exists() for name in ("profile", "evaluate"))):
-            first(lambda: profile_device.hub_client(config.hub_device) and None)
+        if config.target == "qai-hub":
+            first(lambda: asked_hub(config, out, force))
         agreed(lambda: (config.data and [pairs(split) for split in ("train", "test")], named_pairs(config)))
     with held(out):
         for name in STAGES if stage == "all" else [stage]:
@@ -2258,6 +2266,8 @@ def configuration(args):
     """Parsed flags -> Config: the preset, then what was given."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    for name in (name for name, value in given.items() if value == ""):
+        raise InputError(f"{flag(name)} is empty: leave it out, or give what it names")
     config = Config(**{**PRESETS[args.preset], **given})
     check(config)
     return config
@@ -2307,9 +2317,10 @@ def main(argv=None):
         with joined(args.device) as device:
             obey(args, config, Path(args.out or f"runs/{args.preset}"), device)
     except (InputError, profile_device.HubError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        starved = isinstance(error, (MemoryError, RuntimeError))
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        if rank() == 0:
+        if rank() == 0 or starved:
             print("hwdeblur:", one_line(error).replace("\n", " "), file=sys.stderr)
         else:
             time.sleep(2)                         # torchrun ends all ranks with the first: rank 0 tells why

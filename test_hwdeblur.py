@@ -1305,6 +1305,12 @@ class Data(unittest.TestCase):
                 train, _, _ = hwdeblur.carved(pairs, 2, seed)
                 self.assertIn("s12", {sharp.parent.parent.name for sharp, _ in train})
             self.assertRegex(hwdeblur.validation_words(config), "^Validation: .* of 1 of 12 scenes, none")
+        linked = self.root / "linked"             # links into one pool are of their folders' scenes
+        for line in lines:
+            for name in line.split():
+                (linked / name).parent.mkdir(parents=True, exist_ok=True)
+                (linked / name).symlink_to(flat / "train" / "sharp" / "0.png")
+        self.assertEqual(len(hwdeblur.scenes_of(hwdeblur.list_pairs(linked, "train"))), 12)
         train, val, here, there = sides(hwdeblur.Config(data=str(flat), crop=16), lambda sharp: sharp.name)
         self.assertEqual((len(train), len(val), len(here), len(there)), (30, 4, 15, 2))
         self.assertRegex(hwdeblur.validation_words(hwdeblur.Config(data=str(flat))), "carved by image")
@@ -1401,19 +1407,25 @@ class Data(unittest.TestCase):
         """Float, 16 and 32 bits: white is 1, 255 or 65535, as the values have it; nothing comes out black."""
         ramp = np.linspace(0, 1, 12).reshape(3, 4)
         kinds = {"unit.tiff": ramp.astype(np.float32), "byte.tiff": (255 * ramp).astype(np.float32),
-                 "deep.tiff": (65535 * ramp).astype(np.float32), "hdr.tiff": (1e6 * ramp).astype(np.float32),
+                 "deep.tiff": (65535 * ramp).astype(np.float32),
                  "int.tiff": (255 * ramp).astype(np.int32), "long.tiff": (65535 * ramp).astype(np.int32),
                  "half.png": (65535 * ramp).astype(np.uint16)}
         for name, values in kinds.items():
             Image.fromarray(values).save(self.root / name)
             got = hwdeblur.load_image(self.root / name).numpy()
             self.assertLessEqual(np.abs(got - 255 * ramp).max(), 1, name)
+        Image.fromarray((1e6 * ramp).astype(np.float32)).save(self.root / "bright.tiff")
+        self.assertLessEqual(np.abs(hwdeblur.load_image(self.root / "bright.tiff") - 255 * ramp).max(), 6)
         dark = np.full((3, 4), 200, dtype=np.uint16)                       # of 65535: black, not grey
         Image.fromarray(dark).save(self.root / "dark.png")
         self.assertEqual(hwdeblur.load_image(self.root / "dark.png").unique().tolist(), [1])
-        odd = np.array([[np.nan, np.inf, -np.inf, 0.5]], dtype=np.float32)
+        odd = np.full((10, 20), 0.5, dtype=np.float32)
+        odd[0, :4] = np.nan, np.inf, -np.inf, 7.0             # a highlight does not make the rest black
         Image.fromarray(odd).save(self.root / "odd.tiff")
-        self.assertEqual(hwdeblur.load_image(self.root / "odd.tiff")[0, 0].tolist(), [0, 0, 0, 128])
+        row = hwdeblur.load_image(self.root / "odd.tiff")[0, 0]
+        self.assertEqual(row[:5].tolist(), [0, 255, 0, 255, 128])
+        (self.root / "dark.pgm").write_bytes(b"P5 4 3 65535\n" + dark.astype(">u2").tobytes())
+        self.assertEqual(hwdeblur.load_image(self.root / "dark.pgm").unique().tolist(), [1])
 
     def test_200_megapixels_are_a_photograph_and_a_pipe_is_none(self):
         def claims(width, height):
@@ -1912,8 +1924,13 @@ class OneNet(unittest.TestCase):
         got = torch.from_numpy(np.array(Image.open(out / "out.png"))).permute(2, 0, 1)
         self.assertLessEqual((got - expected(x)[0].clamp(0, 1) * 255).abs().max(), 0.51)
         self.assertGreater((got - plain(x)[0].clamp(0, 1) * 255).abs().max(), 2)
-        exported = torch.export.load(out / "deblur.pt2").module()(x)
-        torch.testing.assert_close(exported, expected(x), rtol=1e-4, atol=1e-4)
+        exported = torch.export.load(out / "deblur.pt2")
+        torch.testing.assert_close(exported.module()(x), expected(x), rtol=1e-4, atol=1e-4)
+        self.assertNotIn("float64", str(exported))             # which phones do not have
+        hwdeblur.saved(out / "old.pt", {**tuned, "arch": blocks.architecture(tuned["params"])}, head)
+        config = hwdeblur.Config(from_=str(out / "old.pt"), crop=16, finetune_steps=0)
+        with mock.patch.object(hwdeblur, "score_nets", lambda nets, *rest: nets):
+            self.assertIsNone(quiet(hwdeblur.stage_adapt, job._replace(config=config))["arch"]["window"])
         for more, window in (({}, 12), ({"tlc": True}, 24)):           # a net that was found keeps its window
             config = hwdeblur.Config(from_=str(out / "finetuned.pt"), crop=16, finetune_steps=0, **more)
             with mock.patch.object(hwdeblur, "score_nets", lambda nets, *rest: nets):
@@ -2358,9 +2375,16 @@ class Whole(unittest.TestCase):
         self.refused("--width, .* 65,536, which no memory", *flags, "--width", 1024, "--enc", *"111111",
                      "--dec", *"111111", out=empty)
         self.refused("--frame is .*no memory", *flags, "--width", 64, "--frame", 8000, out=empty)
-        with mock.patch.object(hwdeblur, "run", side_effect=RuntimeError("can't allocate memory: 9 bytes")):
-            self.refused("out of memory .*9 bytes.*: lower --width", *flags, out=empty)
-        with mock.patch.dict(os.environ, {"WORLD_SIZE": "many"}):
+        for env in ({}, {"RANK": "1"}):           # the rank that met it tells it
+            error = RuntimeError("can't allocate memory: 9 bytes")
+            with mock.patch.object(hwdeblur, "run", side_effect=error), mock.patch.dict(os.environ, env):
+                self.refused("out of memory .*9 bytes.*: lower --width", *flags, out=empty)
+        with mock.patch.object(hwdeblur, "run", side_effect=RuntimeError("an illegal memory access")), \
+                self.assertRaisesRegex(RuntimeError, "illegal"):
+            self.command(*flags, out=empty)
+        for name in ("--data", "--weights", "--from"):
+            self.refused(f"{name} is empty", *flags, name, "", out=empty)
+        with mock.patch.dict(os.environ, {"WORLD_SIZE": "many", "RANK": "many"}):
             self.refused("WORLD_SIZE=many is no number: start with torchrun", *flags, out=empty)
         self.refused("run --stage all", "--stage", "export", out=empty.with_name("nothing"))
         self.assertFalse(empty.with_name("nothing").exists())
