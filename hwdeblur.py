@@ -1781,24 +1781,32 @@ def worst_window(error, crop):
     return top, left, size
 
 
-def samples_picture(pairs, base, chosen, device, count=4, side=224):
-    """A row per test pair: the blurred picture; blurred, base, chosen and sharp crops, `side` pixels each."""
+def sample_pairs(sets, count=4):
+    """[(name, pair), ...] of {name: pairs}: `count`, from one end to the other; of several sets two each."""
+    each = max(2, count // len(sets))
+    return [(name, pairs[i]) for name, pairs in sets.items()
+            for i in np.unique(np.linspace(0, len(pairs) - 1, each).round().astype(int))]
+
+
+def samples_picture(pairs, base, chosen, device, side=224):
+    """A row per (name, pair): the blurred picture; blurred, base, chosen, sharp crops, `side` pixels each."""
     titles = ("whole picture, blurred", "blurred", "base net", "chosen net", "sharp")
-    picks = np.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().astype(int)
     gap, row_side = 12, side + 38
-    canvas = Image.new("RGB", (gap + 5 * (side + gap), 38 + len(picks) * row_side), "white")
+    canvas = Image.new("RGB", (gap + 5 * (side + gap), 38 + len(pairs) * row_side), "white")
     draw, font, small = ImageDraw.Draw(canvas), ImageFont.load_default(18), ImageFont.load_default(15)
     for column, title in enumerate(titles):
         draw.text((gap + column * (side + gap) + side / 2, 20), title, search.INK, font, anchor="mm")
-    for line, (sharp, blur) in enumerate(load_pair(pairs[i]) for i in picks):
+    for line, (name, pair) in enumerate(pairs):
+        sharp, blur = load_pair(pair)
         nets = [restore(net, [blur], device) for net in (base, chosen)]
         images = [image[0] for image in (as_batch([blur], device), *nets, as_batch([sharp], device))]
         window = worst_window(torch.stack(images).var(0).mean(0), min(128, (min(sharp.shape[-2:]) + 1) // 2))
         top, left, size = window
         parts = [image[:, top:top + size, left:left + size] for image in images]
         cells = [framed(images[0], window, side), *(enlarged(part, side) for part in parts)]
-        labels = ["PSNR, dB: whole (crop)", *(f"{psnr(image, images[3]):.2f} ({psnr(part, parts[3]):.2f})"
-                                               for image, part in zip(images[:3], parts)), "reference"]
+        scores = (f"{psnr(image, images[3]):.2f} ({psnr(part, parts[3]):.2f})"
+                  for image, part in zip(images[:3], parts))
+        labels = [f"{name[:14]}: dB, whole (crop)", *scores, "reference"]
         for column, (cell, label) in enumerate(zip(cells, labels)):
             x, y = gap + column * (side + gap), 38 + line * row_side
             canvas.paste(cell, (x + (side - cell.width) // 2, y + (side - cell.height) // 2))
@@ -1811,7 +1819,8 @@ def stage_report(job, base, saliency, profile, distill, search, finetune, evalua
     config = job.config
     nets = [blocks.deploy(net) for net in (base_net(base, job.device), chosen_net(finetune, job.device))]
     stream, frame = io.BytesIO(), "{}x{}".format(*config.frame)
-    samples_picture(job.pairs("test"), *nets, job.device).save(stream, "PNG", dpi=(300, 300))
+    samples = sample_pairs({"test": job.pairs("test"), **named_pairs(config)})
+    samples_picture(samples, *nets, job.device).save(stream, "PNG", dpi=(300, 300))
     gmacs = {name: evaluate[name]["gmacs"] for name in ("base", "chosen")}
     art = dict(base=base, saliency=saliency, profile=profile, distill=distill, search=search,
                finetune=finetune, evaluate=evaluate)

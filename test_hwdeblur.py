@@ -1553,7 +1553,7 @@ class Report(unittest.TestCase):
         sharp = blur.clone()
         sharp[:, 9, 15] = 255 - blur[:, 9, 15]
         same = nn.Identity()
-        picture = np.array(hwdeblur.samples_picture([(sharp, blur)], same, same, "cpu", side=8))
+        picture = np.array(hwdeblur.samples_picture([("a", (sharp, blur))], same, same, "cpu", side=8))
         windows = [picture[38:46, x:x + 8] for x in (32, 52, 72, 92)]
         changed = np.argwhere((windows[3] != windows[0]).any(-1))
         self.assertEqual(len(changed), 1)
@@ -1564,9 +1564,15 @@ class Report(unittest.TestCase):
 
     def test_samples_of_any_sizes(self):
         sizes = ((11, 11), (11, 900), (300, 90), (48, 48), (64, 65))
-        pairs = [(images(3, *size).mul(255).byte(),) * 2 for size in sizes]
+        pairs = [("test", (images(3, *size).mul(255).byte(),) * 2) for size in sizes]
         picture = hwdeblur.samples_picture(pairs, nn.Identity(), nn.Identity(), "cpu")
-        self.assertEqual(picture.size, (12 + 5 * 236, 38 + 4 * 262))
+        self.assertEqual(picture.size, (12 + 5 * 236, 38 + 5 * 262))
+
+    def test_samples_are_of_every_test_set(self):
+        self.assertEqual(hwdeblur.sample_pairs({"test": range(10)}), [("test", i) for i in (0, 3, 6, 9)])
+        self.assertEqual(hwdeblur.sample_pairs({"test": [5]}), [("test", 5)])
+        self.assertEqual(hwdeblur.sample_pairs({"test": range(10), "photos": range(3), "a": [7]}),
+                         [("test", 0), ("test", 9), ("photos", 0), ("photos", 2), ("a", 7)])
 
 
 class Training(unittest.TestCase):
