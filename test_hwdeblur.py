@@ -2036,6 +2036,7 @@ class Store(unittest.TestCase):
             for change, kind, pattern in (
                     ({"stage": "profile"}, hwdeblur.InputError, "not an artefact of stage profile"),
                     ({"config": {"seed": 1}}, hwdeblur.InputError, "made with --seed 0, not 1"),
+                    ({"config": {"tlc": False}}, hwdeblur.InputError, "of a version without --tlc"),
                     ({"inputs": {"base.pt": 2}}, hwdeblur.Stale, "from another base.pt"),
                     ({"options": ["A"]}, hwdeblur.Stale, "with other options: A, B")):
                 with self.assertRaisesRegex(kind, f"^{path} [^\n]*{pattern}[^\n]*$"):
