@@ -2289,7 +2289,8 @@ class Whole(unittest.TestCase):
         self.assertEqual(self.stages(self.done(*flags, out=out)[1], "written,"), ["report"])
 
     def test_a_further_option_is_considered_where_a_run_is_there(self):
-        out, flags = self.copied("stale_options"), ("--stage", "all", "--target", "paper", *TINY)
+        out = self.copied("stale_options", "base.pt", "saliency.json", "profile.json", "surrogates.pt")
+        flags = ("--stage", "all", "--target", "paper", *TINY, "--candidates", 99, "--pick", "fastest")
         more = (*profile_device.PAPER_BLOCK_MS, 1.0)
         self.enterContext(mock.patch.object(blocks, "BLOCKS", (*blocks.BLOCKS, PlainConv)))
         new = len(blocks.BLOCKS) - 1
