@@ -82,9 +82,7 @@ def first_line(error):
 
 
 def one_line(error):
-    """What the user is told of an error that is no bug; one of memory, torch's too, gets its remedy."""
-    if isinstance(error, (MemoryError, RuntimeError)):
-        return f"out of memory ({first_line(error)}): lower --width, --batch, --crop or --frame"
+    """What the user is told of an error that is no bug."""
     if not isinstance(error, OSError) or not error.filename:
         return str(error)
     return f"{error.filename}: {error.strerror or error}"
@@ -398,9 +396,9 @@ def writable(out):
 
 def read_file(path, remedy):
     """What a JSON or torch file holds: tensors and plain values, never code. InputError if damaged."""
+    if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is no file that can be read whole: {remedy}")       # a pipe, say
     try:
-        if path.exists() and not path.is_dir() and not path.is_file():
-            raise InputError(f"{path} is no file that can be read whole: {remedy}")   # a pipe, say
         if path.suffix == ".json":
             return json.loads(path.read_text())
         if zipfile.is_zipfile(path):
@@ -408,8 +406,6 @@ def read_file(path, remedy):
                 if archive.testzip():             # torch itself looks at no checksum
                     raise ValueError("checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
     except FileNotFoundError:
         raise InputError(f"no file {path}: {remedy}") from None
     except OSError as error:
@@ -873,6 +869,12 @@ def named_pairs(config):
     return sets
 
 
+def spread(items, most):
+    """`most` of the items, or all where they are fewer, at equal distances from first to last."""
+    picks = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    return [items[i] for i in picks]
+
+
 def scenes_of(pairs):
     """{scene: its pairs}; a scene is the folder of the sharp file or, where all share one, that file."""
     folders, scenes = {sharp.parent.resolve() for sharp, _ in pairs}, {}
@@ -898,14 +900,14 @@ def carved(pairs, most, seed):
     order = np.random.default_rng([seed, 3]).permutation(len(others))
     held = {others[i] for i in order[:min(most, max(1, len(scenes) // 8))]}
     back = [pair for scene in scenes if scene in held for pair in scenes[scene]]
-    picks = np.linspace(0, len(back) - 1, min(most, len(back))).round().astype(int)
     train = [pair for scene in scenes if scene not in held for pair in scenes[scene]]
-    words = (f"Validation: {len(picks)} of the {len(back)} pairs of {len(held)} of {len(scenes)} scenes, "
+    val = spread(back, most)
+    words = (f"Validation: {len(val)} of the {len(back)} pairs of {len(held)} of {len(scenes)} scenes, "
              "none of which is in train.")
     if all(scene.is_file() for scene in scenes):
-        words = (f"Validation: {len(picks)} of {len(pairs)} pairs. All share one folder, so they were carved "
+        words = (f"Validation: {len(val)} of {len(pairs)} pairs. All share one folder, so they were carved "
                  "by image: what they show may be on both sides.")
-    return train, [back[i] for i in picks], words
+    return train, val, words
 
 
 def split_pairs(config, split):
@@ -1787,8 +1789,7 @@ def worst_window(error, crop):
 def sample_pairs(sets, count=4):
     """[(name, pair), ...] of {name: pairs}: `count`, from one end to the other; of several sets two each."""
     each = max(2, count // len(sets))
-    return [(name, pairs[i]) for name, pairs in sets.items()
-            for i in np.unique(np.linspace(0, len(pairs) - 1, each).round().astype(int))]
+    return [(name, pair) for name, pairs in sets.items() for pair in spread(pairs, each)]
 
 
 def samples_picture(pairs, base, chosen, device, side=224):
@@ -1844,6 +1845,9 @@ def stage_report(job, base, saliency, profile, distill, search, finetune, evalua
 
 # ------------------------------------------------------- one photograph, one exported program
 
+TILE = 512                                        # pixels a side; a larger photograph is done in tiles
+
+
 def tile_starts(side, tile, overlap):
     """Where tiles begin along one axis; the last ends at the border."""
     if side <= tile:
@@ -1851,7 +1855,7 @@ def tile_starts(side, tile, overlap):
     return [*range(0, side - tile, tile - overlap), side - tile]
 
 
-def deblur(net, image, device="cpu", tile=512, overlap=64):
+def deblur(net, image, device="cpu", tile=TILE, overlap=64):
     """uint8 (3, H, W) of any size -> the same, restored; large images in overlapping tiles.
 
     Tiles fade into one another over `overlap` pixels, so that nothing shows where they meet. Besides the two
@@ -1909,7 +1913,7 @@ def deblur_file(net, source, target, device):
 
     rgb, (profile, alpha), stream = load_image(source), photo(source, extras), io.BytesIO()
     restored = deblur(net, rgb, device)
-    if max(rgb.shape) > 512:
+    if max(rgb.shape) > TILE:
         say("deblur: done in tiles; against one pass over the middle of the picture they have "
             f"{tiling_db(net, rgb, restored, device):.1f} dB (PSNR)")
     del rgb                                       # of a large photograph, each copy counts
@@ -2278,8 +2282,6 @@ def configuration(args):
     """Parsed flags -> Config: the preset, then what was given."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    for name in (name for name, value in given.items() if value == ""):
-        raise InputError(f"{flag(name)} is empty: leave it out, or give what it names")
     config = Config(**{**PRESETS[args.preset], **given})
     check(config)
     return config
@@ -2321,21 +2323,25 @@ def main(argv=None):
                              "--help says more")
         if args.threads is not None and not 1 <= args.threads <= 1024:
             raise InputError(f"--threads {args.threads} must be from 1 to 1024")
-        if args.out == "":
-            raise InputError("--out is empty: give a folder")
+        for name, value in vars(args).items():
+            if value == "":
+                raise InputError(f"{flag(name)} is empty: leave it out, or give what it names")
         config = configuration(args)
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         with joined(args.device) as device:
             obey(args, config, Path(args.out or f"runs/{args.preset}"), device)
-    except (InputError, profile_device.HubError, OSError, MemoryError, RuntimeError) as error:
-        starved = isinstance(error, (MemoryError, RuntimeError))
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
-            raise
-        if rank() == 0 or starved:
+    except (InputError, profile_device.HubError, OSError) as error:
+        if rank() == 0:
             print("hwdeblur:", one_line(error).replace("\n", " "), file=sys.stderr)
         else:
             time.sleep(2)                         # torchrun ends all ranks with the first: rank 0 tells why
+        return 2
+    except (MemoryError, RuntimeError) as error:          # torch's own is a RuntimeError; any rank tells it
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        print(f"hwdeblur: out of memory ({first_line(error)}): lower --width, --batch, --crop or --frame",
+              file=sys.stderr)
         return 2
     return 0
 
