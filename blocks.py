@@ -557,9 +557,14 @@ def new_surrogate(net, site, option, seed):
     return block.to(device=like.device, dtype=like.dtype, memory_format=torch.channels_last)
 
 
-def psnr_loss(x, y):
-    """What training minimises: minus the PSNR, kept finite where x = y (Chen et al. 2022)."""
-    return (10 * ((x - y).square().mean((-3, -2, -1)) + 1e-8).log10()).mean()
+def psnr_loss(x, y, cap_db=80.0):
+    """What training minimises: minus the PSNR in dB of each image, averaged (Chen et al. 2022) -> scalar.
+
+    x, y (B, 3, H, W). No image counts for more than cap_db, towards which it flattens out: minus the PSNR
+    alone weights an image by 1 / MSE, and of crops that are blurred by very different amounts the nearly
+    sharp ones would decide.
+    """
+    return (10 * ((x - y).square().mean((-3, -2, -1)) + 10 ** (-cap_db / 10)).log10()).mean()
 
 
 def cosine(step, steps, first, last):
@@ -613,14 +618,14 @@ def minimise(model, optimizer, names, losses_at, steps, rate, state=None, each=N
     return losses
 
 
-def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None, clip=0.0):
+def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None, clip=0.0, cap_db=80.0):
     """A trained copy of `net`, by NAFNet's recipe: AdamW (.9, .9), decay 1e-3, cosine to 1e-7, PSNR loss.
 
     batch_at(step) -> blurred, sharp (B, 3, H, W) and, where ranks share a batch out unevenly, the weight of
     this share. In eval mode throughout: NAF blocks do not mind, and batch norms keep the statistics of
     distillation, which whole images share and small crops do not. amp: the net runs under bfloat16 autocast;
-    weights, loss and optimiser stay float32. state, each, clip: see `minimise`; the loss is called "psnr".
-    wrap(net) -> the module to call in its place, say DistributedDataParallel.
+    weights, loss and optimiser stay float32. state, each, clip: see `minimise`; the loss is called "psnr",
+    cap_db: see `psnr_loss`. wrap(net) -> the module to call in its place, say DistributedDataParallel.
     """
     net = copy.deepcopy(net).eval().requires_grad_(True)
     model = wrap(net) if wrap else net
@@ -630,7 +635,7 @@ def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None,
         blur, sharp, *weight = batch_at(step)
         with torch.autocast(blur.device.type, torch.bfloat16, enabled=amp):
             output = model(blur)
-        yield "psnr", psnr_loss(output.to(sharp.dtype), sharp), *weight
+        yield "psnr", psnr_loss(output.to(sharp.dtype), sharp, cap_db), *weight
 
     rate = lambda step: cosine(step, steps, lr, 1e-7)
     minimise(net, optimizer, ["psnr"], losses_at, steps, rate, state, each, clip)

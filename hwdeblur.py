@@ -52,7 +52,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from scipy.ndimage import correlate1d, gaussian_filter
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -133,10 +133,10 @@ class Config:
     workers: int = knob(0, "any", "processes that decode training images ahead", 0, 256)
     data: str = knob("", "data",
                      "folder with train and test pairs: sibling folders or lists; none: made pairs")
-    made_train: int = knob(256, "data", "made pairs for training and distillation", 1)
+    made_train: int = knob(768, "data", "made pairs for training and distillation", 1)
     made_test: int = knob(32, "data", "made pairs for validation, and as many for testing", 1)
     made_size: int = knob(128, "data", "side of a made image", 11, 4096, "pixels")
-    few: int = knob(64, "data", "own training pairs below which as many made ones take half of all crops", 0)
+    few: int = knob(64, "data", "own training pairs below which made ones take half of all crops", 0)
     val_pairs: int = knob(16, "data", "most pairs carved from train to score the search and pick (II-C)", 1)
     weights: str = knob("", "base", "pre-trained NAFNet checkpoint (authors' format); none: train one")
     width: int = knob(16, "base", "channels of the net at full resolution", 1, 1024)
@@ -148,6 +148,7 @@ class Config:
     amp: bool = knob(False, "base distill finetune adapt",
                      "train in bfloat16 (autocast): base, distill, finetune")
     grad_clip: float = knob(0.0, "base finetune adapt", "norm at which gradients are cut, 0: none", 0, 1e9)
+    cap_db: float = knob(30.0, "base finetune adapt", "PSNR beyond which a crop counts little", 1, 100, "dB")
     tlc: bool = knob(False, "base adapt",
                      "attention over a window of 1.5 x --crop in every net, timed so too (Chu et al. 2021)")
     base_steps: int = knob(2100, "base", "length of base training", 0, 10 ** 7, "steps")
@@ -177,8 +178,8 @@ class Config:
 PRESETS = {
     "demo": {},
     "paper": dict(width=32, enc=(1, 1, 1, 28), crop=256, batch=32, base_steps=200_000, base_lr=1e-3,
-                  grad_clip=0.01, frame=(512, 512), distill_steps=20_000, distill_lr=1e-3, evaluations=200,
-                  finetune_steps=100_000, finetune_lr=1e-4, made_train=2000, made_size=384),
+                  grad_clip=0.01, cap_db=80.0, frame=(512, 512), distill_steps=20_000, distill_lr=1e-3,
+                  evaluations=200, finetune_steps=100_000, finetune_lr=1e-4, made_train=2000, made_size=384),
 }
 
 
@@ -527,12 +528,31 @@ def keeper(job, file, label, steps, state=None, joint=False, every_s=120.0):
 # --------------------------------------------------- made pairs: dead leaves and camera shake
 
 def power_noise(size, rng):
-    """(size, size) float32 noise with a power-law spectrum, unit variance: the texture of a leaf."""
-    f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
+    """(size, size) noise with a power-law spectrum, mostly drawn out along one direction as fur is."""
+    angle, stretch = rng.uniform(0, np.pi), 12 ** max(0, rng.uniform(-0.4, 1))
+    y, x = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]
+    c, s = math.cos(angle), math.sin(angle)
+    f = np.hypot(stretch * (c * x + s * y), c * y - s * x)
     f[0, 0] = np.inf
-    spectrum = np.fft.rfft2(rng.standard_normal((size, size))) / f ** rng.uniform(0.8, 1.6)
-    noise = np.fft.irfft2(spectrum, (size, size))
-    return (noise / noise.std()).astype(np.float32)
+    return np.fft.irfft2(np.fft.rfft2(rng.standard_normal((size, size))) / f ** rng.uniform(0.8, 1.6),
+                         (size, size))
+
+
+def grating(size, rng):
+    """(size, size) stripes of 5 to 80 pixels, soft or sharp, thin or wide, at times crossed: cloth, brick."""
+    period, angle = 5 * 16 ** rng.random(), rng.uniform(0, np.pi)
+    y, x = np.mgrid[:size, :size]
+    across, along = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+    wave = np.cos(2 * np.pi * across / period + rng.uniform(0, 7))
+    if rng.random() < 0.4:
+        wave = np.maximum(wave, np.cos(2 * np.pi * along / (period * rng.uniform(0.5, 2))))
+    return np.tanh(10 ** rng.uniform(-0.5, 0.8) * (wave - rng.uniform(-0.8, 0.8)))
+
+
+def leaf_texture(size, rng):
+    """(size, size) float32 of mean 0 and variance 1: noise, or in a third of all cases a grating."""
+    texture = (grating if rng.random() < 1 / 3 else power_noise)(size, rng)
+    return ((texture - texture.mean()) / texture.std()).astype(np.float32)
 
 
 def leaf_mask(radius, rng):
@@ -581,17 +601,22 @@ def dead_leaves(size, rng):
     """A scene (size, size, 3) uint8 of shapes that hide one another (Lee, Mumford & Huang 2001).
 
     Radii follow a power law, as in photographs; such images train restoration nets almost as well
-    (Achddou et al. 2021). A palette per image; the count decides between open sky and clutter.
+    (Achddou et al. 2021). A palette per image; the count decides between open sky and clutter. What lies
+    behind may be out of focus.
     """
     shades = rng.integers(4, 10)
     palette = np.clip(rng.beta(0.9, 1.2, (shades, 1)) + rng.normal(0, 0.1, (1, 3))
                       + rng.normal(0, rng.uniform(0.02, 0.25), (shades, 3)), 0.01, 1)
-    textures = [power_noise(size, rng) for _ in range(3)]
+    textures = [leaf_texture(size, rng) for _ in range(3)]
     canvas = leaf_fill(size, size, palette, textures, 0.05, rng)
-    count = int(10 ** rng.uniform(2.4, 3.2) * (size / 320) ** 2)
+    calm = rng.random() < 0.4
+    count = int(10 ** (rng.uniform(1, 2.4) if calm else rng.uniform(2.4, 3.2)) * (size / 320) ** 2)
     alpha, smallest, largest = rng.uniform(1, 2), 3.0, size / 3
     share = smallest ** -alpha + rng.random(count) * (largest ** -alpha - smallest ** -alpha)
-    for radius in (share ** (-1 / alpha)).astype(int):
+    behind = int(count * rng.uniform(0.4, 1.4))
+    for i, radius in enumerate((share ** (-1 / alpha)).astype(int)):
+        if i == behind:
+            canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0, 7)))
         mask = leaf_mask(int(radius), rng)
         if radius > 5:
             patch = leaf_fill(mask.height, mask.width, palette, textures, 0.2, rng)
@@ -601,10 +626,11 @@ def dead_leaves(size, rng):
     return np.array(canvas)
 
 
-def camera_path(frames, rng):
+def camera_path(frames, length, rng):
     """(frames, 4) of x, y (pixels), rotation (rad), zoom around their mean: a shaking hand.
 
-    A random walk of the velocity with inertia and rare jerks, after Boracchi & Foi 2012.
+    A random walk of the velocity with inertia and rare jerks, after Boracchi & Foi 2012, that reaches over
+    `length` pixels, turns by at most 1.5 degrees and zooms by at most 1.5 %.
     """
     inertia, velocity, path = rng.uniform(0.7, 0.98), rng.standard_normal(4), []
     for _ in range(frames):
@@ -614,7 +640,7 @@ def camera_path(frames, rng):
         path.append(velocity)
     path = np.cumsum(path, 0)
     path -= path.mean(0)
-    path[:, :2] *= rng.uniform(2, 13) / np.linalg.norm(np.ptp(path[:, :2], axis=0))
+    path[:, :2] *= length / np.linalg.norm(np.ptp(path[:, :2], axis=0))
     path[:, 2:] *= rng.uniform(0, (math.radians(1.5), 0.015)) / np.abs(path[:, 2:]).max(0)
     return path
 
@@ -624,27 +650,30 @@ def to_eight_bits(linear):
     return (F.avg_pool2d(linear, 2).clamp(0, 1) ** (1 / 2.2) * 255 + 0.5).to(torch.uint8)[0]
 
 
-def made_pair(size, rng, frames=24, margin=16):
+def made_pair(size, rng, length=8.0, softness=1.0, margin=16):
     """A (sharp, blur) pair, uint8 (3, size, size): frames of a scene averaged in linear light.
 
-    As GoPro's own pairs were made, gamma 2.2. Rendered at twice the size, through a lens that is
-    slightly soft as real ones are, and averaged down.
+    As GoPro's own pairs were made, gamma 2.2. Rendered at twice the size and averaged down. length: of the
+    camera's path, in pixels, 0 for no blur; softness: sigma of the lens, in pixels. Half the scenes have
+    grain, as sharp frames of films have and blurred ones have not.
     """
-    scene = dead_leaves(2 * (size + 2 * margin), rng).transpose(2, 0, 1)
-    softness = 2 * rng.uniform(0.2, 1.0)          # pixels
-    linear = gaussian_filter((scene / np.float32(255)) ** 2.2, softness, mode="mirror", radius=6, axes=(1, 2))
-    linear = torch.from_numpy(linear)[None]
-    side = linear.shape[-1]
-    x, y, turn, zoom = camera_path(frames, rng).T
+    scene = dead_leaves(2 * (size + 2 * margin), rng).transpose(2, 0, 1) / np.float32(255)
+    scene = gaussian_filter(scene, 2 * softness, mode="mirror", truncate=3, axes=(1, 2))
+    scene += max(0, rng.uniform(-0.06, 0.06)) * rng.standard_normal(scene.shape, np.float32)
+    linear = torch.from_numpy(scene)[None].clamp(0, 1) ** 2.2
+    side, inside, frames = linear.shape[-1], slice(2 * margin, -2 * margin), 1 + math.ceil(2 * length)
+    sharp = to_eight_bits(linear[..., inside, inside])
+    if not length:
+        return sharp, sharp
+    x, y, turn, zoom = camera_path(frames, length, rng).T
     c, s = (1 + zoom) * np.cos(turn), (1 + zoom) * np.sin(turn)
     theta = np.stack([c, -s, 4 * x / side, s, c, 4 * y / side], 1).reshape(frames, 2, 3)
-    inside = slice(2 * margin, -2 * margin)
     at = ((torch.arange(side) * 2 + 1) / side - 1)[inside]             # grid_sample's coordinates of pixels
     grid = [torch.stack([a * at + b * at[:, None] + d for a, b, d in rows], -1)[None]
             for rows in torch.from_numpy(theta).float()]
     blur = sum(F.grid_sample(linear, g, padding_mode="reflection", align_corners=False)
                for g in grid) / frames
-    return to_eight_bits(linear[..., inside, inside]), to_eight_bits(blur)
+    return sharp, to_eight_bits(blur)
 
 
 def made_ahead(make, workers):
@@ -666,7 +695,16 @@ def made_ahead(make, workers):
 
 
 def numbered_pair(seed, stream, size, number):
-    return made_pair(size, np.random.default_rng([seed, stream, number]))
+    """Pair `number` of stream 0 (train), 1 (validation) or 2 (test).
+
+    Training pairs have blur from none to more than the net can mend, through lenses from sharp to soft.
+    Scored pairs are blurred by 5 to 12 pixels and no sharper than photographs: all of them can be improved.
+    """
+    rng = np.random.default_rng([seed, stream, number])
+    if stream:
+        return made_pair(size, rng, rng.uniform(5, 12), rng.uniform(1, 1.5))
+    blurred = rng.random() > 0.15
+    return made_pair(size, rng, blurred * rng.uniform(0, 14), 0.2 + 1.3 * rng.random() ** 2)
 
 
 def made_pairs(seed, split, count, size):
@@ -943,8 +981,7 @@ def training_pairs(config, split="train"):
     own = split_pairs(config, split)
     if not config.data or config.from_ or len(own) >= config.few:
         return own
-    count = min(max(1, config.few // len(own)) * len(own), config.made_train)
-    made = made_pairs(config.seed, "train", count, max(config.made_size, config.crop))
+    made = made_pairs(config.seed, "train", config.made_train, max(config.made_size, config.crop))
     say(f"{len(own)} training pairs are few (--few {config.few}): "
         f"{len(made)} made ones take half of all crops")
     mixed = own * max(1, round(len(made) / len(own))) + made
@@ -1165,7 +1202,8 @@ def trained(job, net, steps, lr, label, file, seed):
     state = resumed(job, file)
     each = keeper(job, file, label, steps, state)
     wrap = functools.partial(DistributedDataParallel, forward_sync_buffers=False) if ranks > 1 else None
-    return blocks.train(net, batch_at, steps, lr, config.amp, state, each, wrap, config.grad_clip)
+    return blocks.train(net, batch_at, steps, lr, config.amp, state, each, wrap, config.grad_clip,
+                        config.cap_db)
 
 
 def stage_base(job):

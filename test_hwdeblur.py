@@ -1155,6 +1155,9 @@ class Metrics(unittest.TestCase):
         self.assertAlmostEqual(hwdeblur.psnr(x, y).item(), 30, places=4)
         self.assertAlmostEqual(hwdeblur.psnr(x[0], y[0]).item(), 20, places=4)
         self.assertAlmostEqual(-blocks.psnr_loss(x, y).item(), 30, places=2)
+        self.assertAlmostEqual(blocks.psnr_loss(y, y, cap_db=30).item(), -30, places=4)
+        self.assertAlmostEqual(blocks.psnr_loss(x, y, cap_db=20).item(), 10 * math.log10(0.02 * 0.0101) / 2,
+                               places=4)
 
     def test_ssim_by_explicit_windows(self):
         x, y = images(3, 15, 13).double(), images(3, 15, 13, seed=1).double()
@@ -1205,6 +1208,40 @@ class Data(unittest.TestCase):
         # seventeen are made by processes, two are not
         many, few = (quiet(hwdeblur.made_pairs, 3, "val", count, 16) for count in (17, 2))
         self.assertEqual(hwdeblur.digest(many[:2]), hwdeblur.digest(few))
+
+    def test_made_blur_grows_with_the_camera_s_path(self):
+        for seed in range(4):
+            sharp, blur = zip(*(hwdeblur.made_pair(64, np.random.default_rng(seed), length)
+                                for length in (0, 3, 12)))
+            self.assertTrue(torch.equal(sharp[0], sharp[1]) and torch.equal(sharp[0], sharp[2]))
+            self.assertTrue(torch.equal(sharp[0], blur[0]))
+            near, far = (hwdeblur.image_psnr(sharp[0] / 255, image / 255) for image in blur[1:])
+            self.assertLess(far, near)
+        x, y, turn, zoom = hwdeblur.camera_path(9, 5.0, np.random.default_rng(0)).T
+        self.assertAlmostEqual(math.hypot(np.ptp(x), np.ptp(y)), 5)
+        self.assertLess(np.abs(turn).max(), math.radians(1.51))
+
+    def test_training_pairs_are_blurred_or_not_and_scored_ones_all(self):
+        made = {stream: [hwdeblur.numbered_pair(0, stream, 11, i) for i in range(40)] for stream in (0, 1, 2)}
+        still = {stream: sum(torch.equal(*pair) for pair in pairs) for stream, pairs in made.items()}
+        self.assertEqual((still[1], still[2]), (0, 0))
+        self.assertTrue(1 <= still[0] <= 14, still)
+
+    def test_textures_are_noise_mostly_drawn_out_and_in_a_third_stripes(self):
+        rng, kinds, drawn_out = np.random.default_rng(0), [], 0
+        for kind in ("grating", "power_noise"):
+            make = getattr(hwdeblur, kind)
+            self.enterContext(mock.patch.object(hwdeblur, kind, lambda size, rng, kind=kind, make=make: (
+                kinds.append(kind) or make(size, rng))))
+        for _ in range(90):
+            texture = hwdeblur.leaf_texture(64, rng)
+            self.assertAlmostEqual(float(texture.mean()), 0, places=4)
+            self.assertAlmostEqual(float(texture.std()), 1, places=4)
+            gradient = np.stack(np.gradient(texture)).reshape(2, -1)
+            weak, strong = np.linalg.eigvalsh(gradient @ gradient.T)
+            drawn_out += kinds[-1] == "power_noise" and strong > 3 * weak
+        self.assertTrue(18 <= kinds.count("grating") <= 42, kinds)
+        self.assertTrue(20 <= drawn_out <= 0.9 * kinds.count("power_noise"), drawn_out)
 
     def test_a_blurred_pair_keeps_its_light(self):
         for seed in range(4):
@@ -1790,7 +1827,7 @@ class Training(unittest.TestCase):
         for a, b in zip(got.parameters(), expected.parameters()):
             torch.testing.assert_close(a, b.detach(), rtol=0, atol=2e-5)
 
-    def test_gradients_are_clipped_by_the_norm_of_all(self):
+    def test_gradients_are_clipped_by_the_norm_of_all_and_the_loss_is_capped(self):
         """Two steps, as AdamW forgets the length of a gradient, but not how the second compares with it."""
         batches = [(images(1, 3, 8, 8), images(1, 3, 8, 8, seed=9)),
                    (images(1, 3, 8, 8, seed=2), 0.01 + images(1, 3, 8, 8, seed=2))]
@@ -1800,13 +1837,14 @@ class Training(unittest.TestCase):
         for step, (blur, sharp) in enumerate(batches):
             optimizer.param_groups[0]["lr"] = blocks.cosine(step, 2, 1e-2, 1e-7)
             optimizer.zero_grad()
-            blocks.psnr_loss(expected(blur), sharp).backward()
+            error = (expected(blur) - sharp).square().mean()
+            (10 * torch.log10(error + 10 ** -2.5)).backward()
             norms.append(torch.stack([p.grad.norm() for p in expected.parameters()]).norm().item())
             for p in expected.parameters():
                 p.grad *= min(1, clip / norms[-1])
             optimizer.step()
         self.assertGreater(max(norms), clip)
-        job, got = self.job._replace(config=hwdeblur.Config(crop=8, batch=1, grad_clip=clip)), []
+        job, got = self.job._replace(config=hwdeblur.Config(crop=8, batch=1, grad_clip=clip, cap_db=25)), []
         with mock.patch.object(hwdeblur, "crops", lambda *a: lambda step: batches[step]), \
                 mock.patch.object(hwdeblur, "as_batch", lambda batch, device: batch):
             got = hwdeblur.trained(job, net, 2, 1e-2, "base", "clipped.part", 0)
