@@ -148,7 +148,8 @@ class Config:
     amp: bool = knob(False, "base distill finetune adapt",
                      "train in bfloat16 (autocast): base, distill, finetune")
     grad_clip: float = knob(0.0, "base finetune adapt", "norm at which gradients are cut, 0: none", 0, 1e9)
-    cap_db: float = knob(30.0, "base finetune adapt", "PSNR beyond which a crop counts little", 1, 100, "dB")
+    cap_db: float = knob(30.0, "base saliency finetune adapt",
+                         "PSNR beyond which a crop counts little in the loss", 1, 100, "dB")
     tlc: bool = knob(False, "base adapt",
                      "attention over a window of 1.5 x --crop in every net, timed so too (Chu et al. 2021)")
     base_steps: int = knob(2100, "base", "length of base training", 0, 10 ** 7, "steps")
@@ -1229,7 +1230,8 @@ def stage_saliency(job, base):
     # The Hessian product holds 2.4 GiB for each 256x256 crop at width 32: 16 of them fit one GPU, 64 do not.
     # Of four crops in the demo, two draws in ten made another stage critical than all draws of 16 did.
     batch = crops(job.pairs("train"), config.seed + 1, config.crop, 16)(0)
-    scores = blocks.saliency(net, *(as_batch(images, job.device) for images in batch), blocks.psnr_loss)
+    loss = functools.partial(blocks.psnr_loss, cap_db=config.cap_db)
+    scores = blocks.saliency(net, *(as_batch(images, job.device) for images in batch), loss)
     kept = blocks.critical_stages(scores)
     return {"scores": scores, "mean_ranks": blocks.mean_ranks(scores), "critical": kept,
             "sites": [site for site in blocks.site_names(net) if site.split(".")[0] not in kept]}

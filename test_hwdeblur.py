@@ -1851,6 +1851,17 @@ class Training(unittest.TestCase):
         for a, b in zip(got.parameters(), expected.parameters()):
             torch.testing.assert_close(a, b.detach(), rtol=0, atol=2e-5)
 
+    def test_saliency_is_that_of_the_loss_in_training(self):
+        params = hwdeblur.state_of(small_net())
+        base = {"params": params, "arch": {**blocks.architecture(params), "window": None}}
+        job = self.job._replace(config=dataclasses.replace(self.job.config, cap_db=10.0))
+        got = hwdeblur.stage_saliency(job, base)["scores"]
+        batch = map(hwdeblur.as_batch, hwdeblur.crops(job.pairs("train"), 1, 16, 16)(0))
+        loss = lambda x, y: (10 * torch.log10((x - y).square().mean((1, 2, 3)) + 0.1)).mean()
+        for measure, scores in blocks.saliency(hwdeblur.base_net(base), *batch, loss).items():
+            for site, score in scores.items():
+                self.assertAlmostEqual(got[measure][site], score, delta=1e-3 * abs(score) + 1e-9)
+
     def test_state_is_kept_after_fifty_times_what_that_takes(self):
         clock, kept = [0.0], []
 
