@@ -712,7 +712,7 @@ def numbered_pair(seed, stream, size, number):
     rng = np.random.default_rng([seed, stream, number])
     if stream:
         return made_pair(size, rng, rng.uniform(5, 12), rng.uniform(1, 1.5))
-    blurred = rng.random() > 0.15
+    blurred = rng.random() > 0.1
     return made_pair(size, rng, blurred * rng.uniform(0, 14), 0.2 + 1.3 * rng.random() ** 2)
 
 
