@@ -148,8 +148,10 @@ class Config:
     amp: bool = knob(False, "base distill finetune adapt",
                      "train in bfloat16 (autocast): base, distill, finetune")
     grad_clip: float = knob(0.0, "base finetune adapt", "norm at which gradients are cut, 0: none", 0, 1e9)
-    cap_db: float = knob(28.0, "base saliency finetune adapt",
+    cap_db: float = knob(40.0, "base saliency finetune adapt",
                          "PSNR beyond which a crop counts little in the loss", 1, 100, "dB")
+    early_cap_db: float = knob(28.0, "base", "the same in the first three quarters of base training", 1, 100,
+                               "dB")
     tlc: bool = knob(False, "base adapt",
                      "attention over a window of 1.5 x --crop in every net, timed so too (Chu et al. 2021)")
     base_steps: int = knob(2100, "base", "length of base training", 0, 10 ** 7, "steps")
@@ -179,7 +181,7 @@ class Config:
 PRESETS = {
     "demo": {},
     "paper": dict(width=32, enc=(1, 1, 1, 28), crop=256, batch=32, base_steps=200_000, base_lr=1e-3,
-                  grad_clip=0.01, cap_db=80.0, frame=(512, 512), distill_steps=20_000, distill_lr=1e-3,
+                  grad_clip=0.01, cap_db=80.0, early_cap_db=80.0, frame=(512, 512), distill_steps=20_000, distill_lr=1e-3,
                   evaluations=200, finetune_steps=100_000, finetune_lr=1e-4, made_train=2000, made_size=384),
 }
 
@@ -651,7 +653,7 @@ def to_eight_bits(linear):
     return (F.avg_pool2d(linear, 2).clamp(0, 1) ** (1 / 2.2) * 255 + 0.5).to(torch.uint8)[0]
 
 
-def made_pair(size, rng, length=8.0, softness=1.0, margin=16):
+def made_pair(size, rng, length=8.0, softness=1.0, margin=12):
     """A (sharp, blur) pair, uint8 (3, size, size): frames of a scene averaged in linear light.
 
     As GoPro's own pairs were made, gamma 2.2. Rendered at twice the size and averaged down. length: of the
@@ -1200,7 +1202,7 @@ def chosen_net(finetune, device="cpu"):
 
 # --------------------------------------------------------------------------------------- the stages
 
-def trained(job, net, steps, lr, label, file, seed):
+def trained(job, net, steps, lr, label, file, seed, early_cap_db=None):
     """`blocks.train` on crops of the training pairs; ranks take a share of every batch; kept in out/FILE."""
     config, ranks = job.config, world()
     own = crops(job.pairs("train"), seed, config.crop, config.batch, config.workers, (rank(), ranks))
@@ -1213,7 +1215,7 @@ def trained(job, net, steps, lr, label, file, seed):
     each = keeper(job, file, label, steps, state)
     wrap = functools.partial(DistributedDataParallel, forward_sync_buffers=False) if ranks > 1 else None
     return blocks.train(net, batch_at, steps, lr, config.amp, state, each, wrap, config.grad_clip,
-                        config.cap_db)
+                        config.cap_db, early_cap_db)
 
 
 def stage_base(job):
@@ -1223,7 +1225,8 @@ def stage_base(job):
         net = load_weights(config.weights).to(job.device)
     else:
         net = new_net(config.width, config.enc, config.middle, config.dec, config.seed).to(job.device)
-        net = trained(job, net, config.base_steps, config.base_lr, "base", "base.part", config.seed)
+        net = trained(job, net, config.base_steps, config.base_lr, "base", "base.part", config.seed,
+                      config.early_cap_db)
     blocks.set_window(net, window)
     score = evaluate(net, job.pairs("val"), job.device)
     if not math.isfinite(score["psnr_db"]):
