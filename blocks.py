@@ -618,17 +618,14 @@ def minimise(model, optimizer, names, losses_at, steps, rate, state=None, each=N
     return losses
 
 
-def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None, clip=0.0, cap_db=80.0,
-          early_cap_db=None):
+def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None, clip=0.0, cap_db=80.0):
     """A trained copy of `net`, by NAFNet's recipe: AdamW (.9, .9), decay 1e-3, cosine to 1e-7, PSNR loss.
 
     batch_at(step) -> blurred, sharp (B, 3, H, W) and, where ranks share a batch out unevenly, the weight of
     this share. In eval mode throughout: NAF blocks do not mind, and batch norms keep the statistics of
     distillation, which whole images share and small crops do not. amp: the net runs under bfloat16 autocast;
     weights, loss and optimiser stay float32. state, each, clip: see `minimise`; the loss is called "psnr",
-    cap_db: of `psnr_loss`; early_cap_db: the same for the first three quarters of the steps, so that a net may
-    learn to deblur, and then to leave alone what is sharp. wrap(net) -> the module to call in its place, say
-    DistributedDataParallel.
+    cap_db: see `psnr_loss`. wrap(net) -> the module to call in its place, say DistributedDataParallel.
     """
     net = copy.deepcopy(net).eval().requires_grad_(True)
     model = wrap(net) if wrap else net
@@ -638,8 +635,7 @@ def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None,
         blur, sharp, *weight = batch_at(step)
         with torch.autocast(blur.device.type, torch.bfloat16, enabled=amp):
             output = model(blur)
-        cap = cap_db if early_cap_db is None or 4 * step >= 3 * steps else early_cap_db
-        yield "psnr", psnr_loss(output.to(sharp.dtype), sharp, cap), *weight
+        yield "psnr", psnr_loss(output.to(sharp.dtype), sharp, cap_db), *weight
 
     rate = lambda step: cosine(step, steps, lr, 1e-7)
     minimise(net, optimizer, ["psnr"], losses_at, steps, rate, state, each, clip)

@@ -148,10 +148,8 @@ class Config:
     amp: bool = knob(False, "base distill finetune adapt",
                      "train in bfloat16 (autocast): base, distill, finetune")
     grad_clip: float = knob(0.0, "base finetune adapt", "norm at which gradients are cut, 0: none", 0, 1e9)
-    cap_db: float = knob(40.0, "base saliency finetune adapt",
+    cap_db: float = knob(30.0, "base saliency finetune adapt",
                          "PSNR beyond which a crop counts little in the loss", 1, 100, "dB")
-    early_cap_db: float = knob(28.0, "base", "the same in the first three quarters of base training", 1, 100,
-                               "dB")
     tlc: bool = knob(False, "base adapt",
                      "attention over a window of 1.5 x --crop in every net, timed so too (Chu et al. 2021)")
     base_steps: int = knob(2100, "base", "length of base training", 0, 10 ** 7, "steps")
@@ -181,7 +179,7 @@ class Config:
 PRESETS = {
     "demo": {},
     "paper": dict(width=32, enc=(1, 1, 1, 28), crop=256, batch=32, base_steps=200_000, base_lr=1e-3,
-                  grad_clip=0.01, cap_db=80.0, early_cap_db=80.0, frame=(512, 512), distill_steps=20_000, distill_lr=1e-3,
+                  grad_clip=0.01, cap_db=80.0, frame=(512, 512), distill_steps=20_000, distill_lr=1e-3,
                   evaluations=200, finetune_steps=100_000, finetune_lr=1e-4, made_train=2000, made_size=384),
 }
 
@@ -714,7 +712,7 @@ def numbered_pair(seed, stream, size, number):
     rng = np.random.default_rng([seed, stream, number])
     if stream:
         return made_pair(size, rng, rng.uniform(5, 12), rng.uniform(1, 1.5))
-    blurred = rng.random() > 0.1
+    blurred = rng.random() > 0.15
     return made_pair(size, rng, blurred * rng.uniform(0, 14), 0.2 + 1.3 * rng.random() ** 2)
 
 
@@ -1202,7 +1200,7 @@ def chosen_net(finetune, device="cpu"):
 
 # --------------------------------------------------------------------------------------- the stages
 
-def trained(job, net, steps, lr, label, file, seed, early_cap_db=None):
+def trained(job, net, steps, lr, label, file, seed):
     """`blocks.train` on crops of the training pairs; ranks take a share of every batch; kept in out/FILE."""
     config, ranks = job.config, world()
     own = crops(job.pairs("train"), seed, config.crop, config.batch, config.workers, (rank(), ranks))
@@ -1215,7 +1213,7 @@ def trained(job, net, steps, lr, label, file, seed, early_cap_db=None):
     each = keeper(job, file, label, steps, state)
     wrap = functools.partial(DistributedDataParallel, forward_sync_buffers=False) if ranks > 1 else None
     return blocks.train(net, batch_at, steps, lr, config.amp, state, each, wrap, config.grad_clip,
-                        config.cap_db, early_cap_db)
+                        config.cap_db)
 
 
 def stage_base(job):
@@ -1225,8 +1223,7 @@ def stage_base(job):
         net = load_weights(config.weights).to(job.device)
     else:
         net = new_net(config.width, config.enc, config.middle, config.dec, config.seed).to(job.device)
-        net = trained(job, net, config.base_steps, config.base_lr, "base", "base.part", config.seed,
-                      config.early_cap_db)
+        net = trained(job, net, config.base_steps, config.base_lr, "base", "base.part", config.seed)
     blocks.set_window(net, window)
     score = evaluate(net, job.pairs("val"), job.device)
     if not math.isfinite(score["psnr_db"]):
