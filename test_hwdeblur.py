@@ -1856,7 +1856,7 @@ class Training(unittest.TestCase):
         base = {"params": params, "arch": {**blocks.architecture(params), "window": None}}
         job = self.job._replace(config=dataclasses.replace(self.job.config, cap_db=10.0))
         got = hwdeblur.stage_saliency(job, base)["scores"]
-        batch = map(hwdeblur.as_batch, hwdeblur.crops(job.pairs("train"), 1, 16, 16)(0))
+        batch = map(hwdeblur.as_batch, hwdeblur.crops(job.pairs("train"), 1, 16, 32)(0))
         loss = lambda x, y: (10 * torch.log10((x - y).square().mean((1, 2, 3)) + 0.1)).mean()
         for measure, scores in blocks.saliency(hwdeblur.base_net(base), *batch, loss).items():
             for site, score in scores.items():
