@@ -624,8 +624,8 @@ def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None,
     batch_at(step) -> blurred, sharp (B, 3, H, W) and, where ranks share a batch out unevenly, the weight of
     this share. In eval mode throughout: NAF blocks do not mind, and batch norms keep the statistics of
     distillation, which whole images share and small crops do not. amp: the net runs under bfloat16 autocast;
-    weights, loss and optimiser stay float32. state, each, clip: see `minimise`; the loss is called "psnr",
-    cap_db: see `psnr_loss`. wrap(net) -> the module to call in its place, say DistributedDataParallel.
+    weights, loss and optimiser stay float32. state, each, clip: see `minimise`; cap_db: see `psnr_loss`; the
+    loss is called "psnr". wrap(net) -> the module to call in its place, say DistributedDataParallel.
     """
     net = copy.deepcopy(net).eval().requires_grad_(True)
     model = wrap(net) if wrap else net

@@ -528,12 +528,17 @@ def keeper(job, file, label, steps, state=None, joint=False, every_s=120.0):
 
 # --------------------------------------------------- made pairs: dead leaves and camera shake
 
+def turned(x, y, angle):
+    """Coordinates x, y (broadcast) in axes turned by `angle` (rad) -> two arrays."""
+    c, s = math.cos(angle), math.sin(angle)
+    return c * x + s * y, c * y - s * x
+
+
 def power_noise(size, rng):
     """(size, size) noise with a power-law spectrum, mostly drawn out along one direction as fur is."""
     angle, stretch = rng.uniform(0, np.pi), 12 ** max(0, rng.uniform(-0.4, 1))
-    y, x = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]
-    c, s = math.cos(angle), math.sin(angle)
-    f = np.hypot(stretch * (c * x + s * y), c * y - s * x)
+    along, across = turned(np.fft.rfftfreq(size), np.fft.fftfreq(size)[:, None], angle)
+    f = np.hypot(stretch * along, across)
     f[0, 0] = np.inf
     return np.fft.irfft2(np.fft.rfft2(rng.standard_normal((size, size))) / f ** rng.uniform(0.8, 1.6),
                          (size, size))
@@ -542,8 +547,7 @@ def power_noise(size, rng):
 def grating(size, rng):
     """(size, size) stripes of 5 to 80 pixels, soft or sharp, thin or wide, at times crossed: cloth, brick."""
     period, angle = 5 * 16 ** rng.random(), rng.uniform(0, np.pi)
-    y, x = np.mgrid[:size, :size]
-    across, along = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+    across, along = turned(np.arange(size), np.arange(size)[:, None], angle)
     wave = np.cos(2 * np.pi * across / period + rng.uniform(0, 7))
     if rng.random() < 0.4:
         wave = np.maximum(wave, np.cos(2 * np.pi * along / (period * rng.uniform(0.5, 2))))
