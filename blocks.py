@@ -274,9 +274,25 @@ class GatedBNAttention(GatedBN):
         return a * self.sca(local_mean(a, self.window))
 
 
+# ---------------------------------------------------------------------------- the option without a block
+
+class NoBlock(nn.Identity):
+    """No block at all: what comes in goes out. The paper has no such option.
+
+    LANA (Molchanov et al. 2022) offers it for classifiers, Puzzle (Bercovich et al. 2024) for language
+    models. Nothing is trained and nothing timed, and `deploy` leaves nothing of it.
+    """
+
+
 # Position = option number. A further alternative is one class (channels in = channels out) and one
-# entry here; nothing else counts to seven.
+# entry here; nothing else counts to seven. The number of no block is the one after theirs.
 BLOCKS = (NAFBlock, GatedBN, Gated, InvertedResidual, ReluBN, RepConv, GatedBNAttention)
+NO_BLOCK = len(BLOCKS)
+
+
+def new_block(option, channels):
+    """An untrained block by its option number."""
+    return (*BLOCKS, lambda _: NoBlock())[option](channels)
 
 
 # ---------------------------------------------------------------------------------- the net
@@ -545,7 +561,7 @@ def critical_stages(scores, keep=1):
 # ----------------------------------- training, surrogates (section II-B) and their assembly
 
 def new_surrogate(net, site, option, seed):
-    """An untrained BLOCKS[option] for `site`: channels, window, device and dtype of the block it may replace.
+    """An untrained block of option `option`: channels, window, device and dtype of the block it may replace.
 
     Weights depend on (seed, site, option) alone; the global random state is left as it was.
     """
@@ -553,7 +569,7 @@ def new_surrogate(net, site, option, seed):
     like = net.intro.weight
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(zlib.crc32(f"{seed} {site} {option}".encode()))
-        block = keep_window(BLOCKS[option](channels), block_at(net, site))
+        block = keep_window(new_block(option, channels), block_at(net, site))
     return block.to(device=like.device, dtype=like.dtype, memory_format=torch.channels_last)
 
 
@@ -697,12 +713,13 @@ def assemble(net, surrogates, choice):
     for site, option in choice.items():
         if option:
             stage, i = slots[site]
-            stage[i] = keep_window(share(surrogates[site][option]), stage[i])
+            stage[i] = (NoBlock() if option == len(BLOCKS) else
+                        keep_window(share(surrogates[site][option]), stage[i]))
     return new
 
 
 def deploy(module):
-    """A new module for inference: eval mode, RepConv merged, batch norms folded; equal to 1e-5.
+    """A new module for inference: eval mode, RepConv merged, batch norms folded, NoBlock gone; equal to 1e-5.
 
     NAF blocks have nothing to fold: the deployed base is the base.
     """
@@ -715,6 +732,8 @@ def deploy(module):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Sequential) and [type(m) for m in child] == [nn.Conv2d, nn.BatchNorm2d]:
                 setattr(parent, name, fuse_conv_bn_eval(*child))
+            elif isinstance(child, nn.Sequential) and any(isinstance(m, NoBlock) for m in child):
+                setattr(parent, name, nn.Sequential(*(m for m in child if not isinstance(m, NoBlock))))
     return module.requires_grad_(False).to(memory_format=torch.channels_last)
 
 

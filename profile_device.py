@@ -598,23 +598,28 @@ def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cp
     """Latency of every option at every site, of the rest of the net, and of the whole base net.
 
     net: a blocks.NAFNet; surrogates {site: {option: module}} (trained or not: time does not depend on
-    it); frame: (H, W) or one side, in pixels; target "local" (this machine), "qai-hub" (`hub`: further
-    arguments of `profile_hub`) or "paper" (its table 2).
+    it; an nn.Identity takes none, and is not timed); frame: (H, W) or one side, in pixels; target "local"
+    (this machine), "qai-hub" (`hub`: further arguments of `profile_hub`) or "paper" (its table 2).
     deploy: makes a module ready for inference (blocks.deploy); default, a copy in eval mode.
     Nothing passed in is altered. Raises ValueError for another target or option count; HubError.
     """
     frame, deploy = (frame, frame) if isinstance(frame, int) else tuple(frame), deploy or in_eval_mode
-    blocks = {site: [net.blocks()[site], *(surrogates[site][k] for k in sorted(surrogates[site]))]
-              for site in sites}
-    options = [type(block).__name__ for block in next(iter(blocks.values()), [])]
+    rows = {site: [net.blocks()[site], *(surrogates[site][k] for k in sorted(surrogates[site]))]
+            for site in sites}
+    blocks = {site: [block for block in row if not isinstance(block, nn.Identity)]
+              for site, row in rows.items()}
     if target == "paper":
-        timing = paper_timing(sites, len(options))
+        timing = paper_timing(sites, len(next(iter(blocks.values()), [])))
     elif target == "local":
         timing = local_timing(net, blocks, frame, deploy, device, rounds)
     elif target == "qai-hub":
         timing = hub_timing(net, blocks, frame, deploy, **(hub or {}))
     else:
         raise ValueError(f"latency_table: target {target!r} is none of 'local', 'qai-hub' and 'paper'")
+    options = [type(block).__name__ for block in next(iter(rows.values()), [])]
+    ms = {site: iter(row) for site, row in timing["sites"].items()}
+    timing["sites"] = {site: [0.0 if isinstance(block, nn.Identity) else next(ms[site]) for block in row]
+                       for site, row in rows.items()}
     return {"target": target, "frame": list(frame), "options": options, **timing}
 
 

@@ -6,6 +6,8 @@ is the sum of one known number per site. numpy and scipy only: this file can be 
 R&W: Rasmussen & Williams 2006, Gaussian Processes for Machine Learning.
 """
 import argparse
+import functools
+import heapq
 import math
 import time
 import warnings
@@ -19,9 +21,11 @@ from scipy.linalg.lapack import dpotri
 from scipy.optimize import minimize
 from scipy.stats import norm, qmc
 
-INITIAL = 20            # quasi-random configurations after the base and the all-fastest one
+INITIAL = 20            # random configurations after the base and the all-fastest one
 DRAWS = 32              # quasi-random normal draws per EHVI: more gave nothing with objective 2 exact
 MUTANTS = RANDOMS = 200
+WIDTH = 0.5             # of the posterior that EHVI sees
+CLIMBS = 4              # steps uphill from the best of a pool
 UNIT = 10 / np.log(10)  # dB per neper of an error ratio
 
 
@@ -109,6 +113,14 @@ def distances(A, B, kernel):
     """
     pairs = zip(np.asarray(A).T[:, :, None], np.asarray(B).T[:, None, :])
     return ((a != b).astype(float) if kernel == "overlap" else (a - b) ** 2 / 2 for a, b in pairs)
+
+
+def weighted_distances(rates, A, B, kernel):
+    """The `distances` (a, b) added up over the sites, each times its rate."""
+    if kernel == "rbf":
+        return sum(rate * D for rate, D in zip(rates, distances(A, B, kernel)))
+    A, B = np.asarray(A), np.asarray(B)                                # what agrees, by matrix products
+    return rates.sum() - sum((A == k).astype(float) @ ((B == k) * rates).T for k in np.unique(B))
 
 
 def stable_cholesky(K, jitter=0.0):
@@ -209,8 +221,7 @@ def gp_fit(X, y, kernel="overlap", warped=False):
 
 def gp_predict(gp, X):
     """Posterior mean and standard deviation (q,) of the noiseless warp(y, gp.power), R&W (2.25), (2.26)."""
-    exponent = sum(rate * D for rate, D in zip(gp.rates, distances(X, gp.X, gp.kernel)))
-    K = gp.signal * np.exp(-exponent)                                  # (q, n)
+    K = gp.signal * np.exp(-weighted_distances(gp.rates, X, gp.X, gp.kernel))           # (q, n)
     v = solve_triangular(gp.chol, K.T, lower=True)                     # (n, q)
     variance = np.maximum(gp.signal - (v ** 2).sum(0), 0)
     return gp.offset + gp.scale * K @ gp.alpha, gp.scale * np.sqrt(variance)
@@ -286,12 +297,18 @@ def available(penalty):
 
 
 def initial_design(penalty, seed):
-    """Base, all-fastest, and INITIAL quasi-random configurations (scrambled Sobol), without repeats."""
-    options = available(penalty)
-    sobol = qmc.Sobol(len(penalty), seed=np.random.default_rng([seed, 0])).random_base2(6)
-    spread = [[int(o[c]) for o, c in zip(options, row)] for row in decode(sobol, [len(o) for o in options])]
-    rows = [[int(o[0]) for o in options], [int(p.argmin()) for p in penalty], *spread]
-    return list(dict.fromkeys(map(tuple, rows)))[:INITIAL + 2]
+    """Base, all-fastest, and INITIAL random configurations of one swap to all, evenly in log; no repeats.
+
+    Where sites are many, a configuration that is swapped throughout tells nothing about one that is good.
+    """
+    options, d, rng = available(penalty), len(penalty), np.random.default_rng([seed, 0])
+    base = np.array([o[0] for o in options])
+    rows = [base, [p.argmin() for p in penalty]]
+    for i in range(3 * INITIAL):                                       # spare ones, since some are equal
+        other = [rng.choice(o[1:]) if len(o) > 1 else o[0] for o in options]
+        swapped = rng.permutation(d) < round(d ** ((i % INITIAL + 0.5) / INITIAL))
+        rows.append(np.where(swapped, other, base))
+    return list(dict.fromkeys(tuple(map(int, row)) for row in rows))[:INITIAL + 2]
 
 
 def default_ref(history, penalty):
@@ -303,14 +320,18 @@ def default_ref(history, penalty):
     return worst + 0.1 * np.where(worst != 0, np.abs(worst), np.where(spread > 0, spread, 1))
 
 
+def neighbours(front, options):
+    """Every configuration that differs from one of `front` in one site, or in none, some of them twice."""
+    return [f[:i] + (int(o),) + f[i + 1:] for f in front for i in range(len(options)) for o in options[i]]
+
+
 def candidates(front, options, seen, rng):
     """Configurations not in `seen`: every one-site neighbour of the front, mutants, crossings, randoms.
 
     options: the numbers to choose from, one array per site. With none left among those (a nearly exhausted
     space), all remaining ones.
     """
-    d = len(options)
-    pool = [f[:i] + (int(o),) + f[i + 1:] for f in front for i in range(d) for o in options[i]]
+    d, pool = len(options), neighbours(front, options)
     parents = np.array(front)[rng.integers(len(front), size=(MUTANTS, 2))]             # (., 2, d)
     crossed = np.where(rng.random((MUTANTS, d)) < 0.5, parents[:, 0], parents[:, 1])
     fresh = np.stack([o[rng.integers(len(o), size=MUTANTS + RANDOMS)] for o in options], 1)
@@ -320,40 +341,51 @@ def candidates(front, options, seen, rng):
     return pool or [c for c in product(*(map(int, o) for o in options)) if c not in seen]
 
 
-def posterior(history, pool, penalty, kernel):
-    """Mean and deviation (q, 2) of both objectives of the pool, and the power that warps objective 1.
+def posterior(history, penalty, kernel):
+    """A function pool -> mean, deviation (q, 2) of both objectives, and the power that warps objective 1.
 
     Penalties are known exactly, so their deviation is 0, unless kernel is "rbf".
     """
-    n_options = [len(p) for p in penalty]
-    X, Q = np.array([e.options for e in history]), np.array(pool)
+    X, Y = np.array([e.options for e in history]), np.array([e[1:] for e in history])
     if kernel == "rbf":
-        X, Q = encode(X, n_options), encode(Q, n_options)
-    gp = gp_fit(X, [e.loss_db for e in history], kernel, warped=kernel == "overlap")
-    loss = gp_predict(gp, Q)
-    cost = (gp_predict(gp_fit(X, [e.penalty for e in history], kernel), Q) if kernel == "rbf" else
-            (np.array([total_penalty(penalty, o) for o in pool]), np.zeros(len(pool))))
-    return np.stack([loss[0], cost[0]], 1), np.stack([loss[1], cost[1]], 1), gp.power
+        coded = functools.partial(encode, n_options=[len(p) for p in penalty])
+        gps = [gp_fit(coded(X), y, kernel) for y in Y.T]
+        return lambda pool: np.stack([gp_predict(gp, coded(pool)) for gp in gps], 2), 0.0
+    gp = gp_fit(X, Y[:, 0], kernel, warped=True)
+
+    def at(pool):
+        mean, std = gp_predict(gp, pool)
+        cost = sum(p[column] for p, column in zip(penalty, np.transpose(pool)))
+        return np.stack([mean, cost], 1), np.stack([std, np.zeros(len(pool))], 1)
+
+    return at, gp.power
 
 
 def best_candidate(history, penalty, seed, ref, kernel):
-    """The candidate of largest EHVI, with its posterior median for a score; None when all are scored.
+    """The configuration of largest EHVI, with its posterior median for a score; None when all are scored.
 
-    When EHVI is nil for every candidate, the one the GP knows least about.
+    Uphill, a site at a time, from the best of a pool. Where EHVI is nil, what the GP knows least about. Tried
+    with 36 sites of 8 options, swaps that add up or are punished where stacked, share of the best known
+    volume after 100 / 200: a Sobol design and a pool alone .79 / .90, uphill .80 / .92, designs from one swap
+    to all .84 / .93, half the deviation .89 / .94 (.3 of it as much, 1.5 .79 / .90). No gain from a kernel
+    that adds up over sites (rates fall until this one does), starts that show every option once, 10 or 40.
     """
-    rng = np.random.default_rng([seed, len(history)])
-    Y = np.array([(e.loss_db, e.penalty) for e in history])
-    front = [history[i].options for i in np.flatnonzero(pareto_mask(Y))]
-    pool = candidates(front, available(penalty), {e.options for e in history}, rng)
+    options, seen = available(penalty), {e.options for e in history}
+    rng, Y = np.random.default_rng([seed, len(history)]), np.array([e[1:] for e in history])
+    pool = candidates([history[i].options for i in np.flatnonzero(pareto_mask(Y))], options, seen, rng)
     if not pool:
         return None
     draws = norm.ppf(qmc.Sobol(2, seed=rng).random(DRAWS).clip(1e-9, 1 - 1e-9))
-    mean, std, power = posterior(history, pool, penalty, kernel)
     boxes = free_boxes(Y, default_ref(history, penalty) if ref is None else ref)
-    parts = [slice(i, i + 1000) for i in range(0, len(pool), 1000)]    # bounds the memory
-    gain = np.concatenate([mc_ehvi(mean[part], std[part], draws, boxes, power) for part in parts])
-    best = int(gain.argmax() if gain.max() > 0 else std[:, 0].argmax())
-    return evaluated(pool[best], unwarp(mean[best, 0], power), penalty)
+    (at, power), worth = posterior(history, penalty, kernel), {}       # {configuration: (EHVI, deviation)}
+    for _ in range(1 + CLIMBS):
+        for part in (pool[i:i + 1000] for i in range(0, len(pool), 1000)):             # bounds the memory
+            mean, std = at(part)
+            gain = mc_ehvi(mean, WIDTH * std, draws, boxes, power)
+            worth.update(zip(part, zip(gain.tolist(), std[:, 0].tolist())))
+        top = heapq.nlargest(3, worth, key=worth.get)
+        pool = [o for o in dict.fromkeys(neighbours(top, options)) if o not in worth and o not in seen]
+    return evaluated(top[0], unwarp(at(top[:1])[0][0, 0], power), penalty)
 
 
 def propose(history, design, penalty, seed, ref=None, kernel="overlap", batch=1):
@@ -426,6 +458,18 @@ def below_chord(front):
 def knee(front, count):
     """Indices of the `count` best compromises of `front` (n, 2), best first: furthest below the chord."""
     return [int(i) for i in np.argsort(-below_chord(front), kind="stable")[:count]]
+
+
+def apart(front, ranked, count, gap=0.1):
+    """The first `count` of `ranked`, indices of front (n, 2), that lie apart; if too few do, the next best.
+
+    Apart: by `gap` of the front's span in objective 2. Neighbours on a front differ in a swap or two.
+    """
+    cost, taken = _objectives(front)[:, 1], []
+    for i in ranked:
+        if all(abs(cost[i] - cost[j]) >= gap * np.ptp(cost) for j in taken):
+            taken.append(i)
+    return [*taken, *(i for i in ranked if i not in taken)][:count]
 
 
 # ----------------------------------------------------------------------- the picture of a front

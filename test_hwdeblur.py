@@ -209,6 +209,25 @@ class Blocks(unittest.TestCase):
         self.assertFalse(student.training)
         self.assertIsInstance(net.decoders[1][0], blocks.NAFBlock)
 
+    def test_of_a_block_that_is_left_out_nothing_remains(self):
+        net, x = small_net(enc=(2, 1)), images(1, 3, 8, 8)
+        out = dict.fromkeys(("enc0.1", "mid.0", "dec0.0"), blocks.NO_BLOCK)
+        by_hand, gone = copy.deepcopy(net), [dict(net.blocks())[site] for site in out]
+        by_hand.encoders[0] = by_hand.encoders[0][:1]
+        by_hand.middle_blks, by_hand.decoders[1] = nn.Sequential(), nn.Sequential()
+        new = blocks.assemble(net, {}, out)
+        deployed, plain = blocks.deploy(new), blocks.deploy(by_hand)
+        for each in (new, deployed):
+            self.assertTrue(torch.equal(each(x), by_hand(x)))
+            self.assertEqual(blocks.count_params(each),
+                             blocks.count_params(net) - sum(map(blocks.count_params, gone)))
+        self.assertEqual(*([(n, type(m)) for n, m in each.named_modules()] for each in (deployed, plain)))
+        self.assertEqual(*(blocks.count_macs(each, (1, 3, 8, 8)) for each in (deployed, plain)))
+        graphs = [str(profile_device.exported(each, (1, 3, 8, 8)).graph) for each in (deployed, plain)]
+        self.assertEqual(*graphs)
+        self.assertEqual(dict(net.blocks()).keys(), set(blocks.site_names(net)))
+        self.assertIsInstance(blocks.new_surrogate(net, "mid.0", blocks.NO_BLOCK, 0), blocks.NoBlock)
+
 
 class Saliency(unittest.TestCase):
     """The net's own 64-bit copy and one layer at a time, by finite differences or explicit loops."""
@@ -477,7 +496,8 @@ class Search(unittest.TestCase):
         X, draws = np.array(list(np.ndindex(4, 4))), norm.ppf(np.linspace((.05, .05), (.95, .95), 9))
         history = [search.Evaluation(tuple(o), float(sum(o)) ** 2, 1.0) for o in X[:10]]
         gp = search.gp_fit(X[:10], [e.loss_db for e in history], warped=True)
-        mean, std, power = search.posterior(history, X[10:], [np.ones(4)] * 2, "overlap")
+        at, power = search.posterior(history, [np.ones(4)] * 2, "overlap")
+        mean, std = at(list(map(tuple, X[10:])))
         self.assertEqual(power, gp.power)
         self.assertLess(power, 0)                                  # stacked swaps are punished: bounded above
         np.testing.assert_array_equal(np.stack([mean[:, 0], std[:, 0]]), search.gp_predict(gp, X[10:]))
@@ -496,8 +516,8 @@ class Search(unittest.TestCase):
         X, penalty = self.rng.integers(0, 4, (12, 2)), [np.array([1.0, 2.0, 4.0, 8.0])] * 2
         history = [search.evaluated(o, float(o[0] + 3 * o[1]), penalty) for o in X]
         pool = [(0, 0), (3, 1), (1, 3)]
-        mean, std, power = search.posterior(history, pool, penalty, "rbf")
-        at, Y = (np.array(pool) + 0.5) / 4, [e[1:] for e in history]
+        predict, power = search.posterior(history, penalty, "rbf")
+        (mean, std), at, Y = predict(pool), (np.array(pool) + 0.5) / 4, [e[1:] for e in history]
         for i, y in enumerate(np.transpose(Y)):
             gp = search.gp_fit((X + 0.5) / 4, y, "rbf")
             np.testing.assert_array_equal((mean[:, i], std[:, i]), search.gp_predict(gp, at))
@@ -583,6 +603,24 @@ class Search(unittest.TestCase):
         drawn = [self.rng.choice(len(Y), 60, False) for _ in range(50)]
         self.assertGreater(share, 0.95)
         self.assertGreater(share, np.mean([search.hypervolume(Y[rows], ref) for rows in drawn]) / best)
+
+    def test_the_design_goes_from_one_swap_to_all(self):
+        for sizes in ((7,) * 8, (8,) * 36, (1, 3, 2)):
+            penalty = [np.linspace(1, 0.2, k) for k in sizes]
+            rows = np.array(search.initial_design(penalty, 0))
+            self.assertEqual(len(rows), len(set(map(tuple, rows))))
+            swaps = (rows[2:] > 0).sum(1)
+            self.assertEqual((swaps.min(), rows[0].max(), rows[1].tolist()), (1, 0, [k - 1 for k in sizes]))
+            if len(sizes) > 3:
+                self.assertEqual(len(rows), search.INITIAL + 2)
+                self.assertGreater(swaps.max(), 0.8 * len(sizes))
+                self.assertLess(np.median(swaps), len(sizes) / 2)
+
+    def test_candidates_lie_apart_where_the_front_is_wide_enough(self):
+        front = [[0, 1.0], [1, 0.95], [2, 0.5], [3, 0.49], [9, 0.0]]
+        self.assertEqual(search.apart(front, [2, 3, 1, 0], 3), [2, 1, 3])
+        self.assertEqual(search.apart(front, [0, 2, 3], 2), [0, 2])
+        self.assertEqual(search.apart(front[:1], [0], 3), [0])
 
     def test_knee(self):
         self.assertEqual(search.knee([[0, 10], [1, 2], [2, 1], [9, 0.5], [10, 0]], 2), [1, 2])
@@ -750,8 +788,10 @@ class Profile(unittest.TestCase):
 
     def test_random_nets_are_the_configurations_they_are_named_after(self):
         base, x = self.deployed({}), images(1, 3, 8, 8)
-        nets = hwdeblur.random_nets(self.sites, base, 3, np.random.default_rng(0))
-        self.assertEqual(len(nets), 3)
+        sites = dict.fromkeys(self.sites, [1.0] * (1 + blocks.NO_BLOCK))
+        nets = hwdeblur.random_nets(sites, base, 6, np.random.default_rng(0))
+        self.assertEqual(len(nets), 6)
+        self.assertIn(str(blocks.NO_BLOCK), " ".join(nets))
         for name, (choice, net) in nets.items():
             self.assertEqual(" ".join(str(choice[s]) for s in self.sites), name)
             torch.testing.assert_close(net(x), self.deployed(choice)(x), rtol=1e-5, atol=1e-5)
@@ -1548,7 +1588,8 @@ class Report(unittest.TestCase):
         self.assertRegex(text[4], "plus 3.0 ms for the rest of the net, all times 2.00")
 
     def test_a_base_that_is_alone_on_the_front_is_named(self):
-        found = {"evaluations": [{"options": [0]}, {"options": [1]}], "front": [0], "knee": [0],
+        rows = [{"options": [0], "loss_db": 0.0, "penalty": 1.0, "latency_ms": 5.0}, {"options": [1]}]
+        found = {"evaluations": rows, "front": [0], "knee": [0],
                  "ref": [1.0, 1.1], "proposed": 1, "space": 2, "hypervolume": 0.1, "below_chord": [0.0]}
         parts = hwdeblur.front_section(found, [], "best")
         self.assertRegex(parts[-1], "base is alone")
@@ -1910,7 +1951,8 @@ class Choice(unittest.TestCase):
         penalty, asked = [np.array([2.0, 1.0])] * 3, []
         begun = [search.evaluated(o, losses[o], penalty) for o in ((0, 0, 0), (1, 1, 1))]
         score_all = lambda options: asked.append(options) or [losses[o] for o in options]
-        history, front, knee = hwdeblur.with_swaps_back(begun, 1, score_all, penalty)
+        candidates = lambda history: hwdeblur.best_compromises(history, 1)
+        history, front, knee = hwdeblur.with_swaps_back(begun, candidates, score_all, penalty)
         self.assertEqual(history[:2], begun)
         self.assertEqual(asked, [[(0, 1, 1), (1, 0, 1), (1, 1, 0)], [(0, 1, 0), (1, 0, 0)]])
         self.assertEqual([e.options for e in history[2:]], sum(asked, []))
@@ -1923,7 +1965,28 @@ class Choice(unittest.TestCase):
         with mock.patch.multiple(search, posterior=lambda *a: found.append(posterior(*a)) or found[-1],
                                  mc_ehvi=lambda *a: given.append(a[4:]) or gain(*a)):
             search.search(lambda o: float(losses[o]), penalty, 30, np.random.default_rng(0))
-        self.assertEqual(set(given), {(power,) for _, _, power in found})
+        self.assertEqual(set(given), {(power,) for _, power in found})
+
+    def test_the_best_candidate_is_the_best_that_can_be_reached_uphill(self):
+        losses, penalty = search.landscape(np.random.default_rng(5), 4, 4)
+        history = search.search(lambda o: float(losses[o]), penalty, 26, np.random.default_rng(0))
+        best = search.best_candidate(history, penalty, 0, (3.0, 1.05), "overlap")
+        self.assertNotIn(best.options, {e.options for e in history})
+        at, power = search.posterior(history, penalty, "overlap")
+        rng = np.random.default_rng([0, 26])
+        Y = np.array([e[1:] for e in history])
+        options, seen = search.available(penalty), {e.options for e in history}
+        front = [history[i].options for i in np.flatnonzero(search.pareto_mask(Y))]
+        search.candidates(front, options, seen, rng)
+        draws = norm.ppf(search.qmc.Sobol(2, seed=rng).random(search.DRAWS).clip(1e-9, 1 - 1e-9))
+
+        def gain(pool):
+            mean, std = at(pool)
+            return search.mc_ehvi(mean, search.WIDTH * std, draws, search.free_boxes(Y, (3.0, 1.05)), power)
+
+        around = [o for o in search.neighbours([best.options], options) if o not in seen]
+        self.assertAlmostEqual(gain(around).max(), gain([best.options])[0], places=12)
+        self.assertAlmostEqual(best.loss_db, search.unwarp(at([best.options])[0][0, 0], power))
 
 
 class OneNet(unittest.TestCase):
@@ -2299,8 +2362,53 @@ class Whole(unittest.TestCase):
         self.assertEqual(self.stages(said, "reused"), list(hwdeblur.STAGES)[:-1])
         self.refused("--base-lr 0.002, not 0.5", "--stage", "all", "--target", "paper", *TINY, "--base-lr",
                      0.5)
-        self.refused("--evaluations 24, not 30", "--stage", "evaluate", "--target", "paper", *TINY,
-                     "--evaluations", 30)
+        self.refused("--evaluations 24, not 30: --stage search makes it anew", "--stage", "evaluate",
+                     "--target", "paper", *TINY, "--evaluations", 30)
+
+    def searched(self, name, *flags, files=("base.pt", "saliency.json", "profile.json", "surrogates.pt")):
+        """search.json, what was scored for it, and what was said: a search in a new folder with `files`."""
+        out, scored, scorer = self.copied(name, *files), [], hwdeblur.scorer
+
+        def noting(*args):
+            base_db, score = scorer(*args)
+            return base_db, lambda options: scored.append(options) or score(options)
+
+        with mock.patch.object(hwdeblur, "scorer", noting):
+            _, said = self.done("--stage", "search", "--target", "paper", *TINY, *flags, out=out)
+        self.assertFalse(list(out.glob("*.part")))
+        return json.loads((out / "search.json").read_text()), scored, said
+
+    def test_a_finished_search_goes_on_from_its_history(self):
+        more = ("--evaluations", 31, "--candidates", 1)
+        whole, scored, _ = self.searched("from_the_start", *more)
+        found, added, said = self.searched("going_on", *more, files=[p.name for p in self.out.iterdir()])
+        self.assertEqual(found, whole)
+        self.assertRegex(said, "(?s)with --evaluations 24, not 31, so it is made anew\n.*goes on .*, 24 done")
+        before = json.loads((self.out / "search.json").read_text())["evaluations"]
+        known = {tuple(row["options"]) for row in before}
+        self.assertEqual(len(scored), len(whole["evaluations"]))
+        self.assertEqual(set(scored) - known, set(added))
+        self.assertEqual(len(added), len(set(added)))
+
+    def test_candidates_are_what_was_wished_for(self):
+        files = [path.name for path in self.out.iterdir()]
+        found, *_ = self.searched("no_wish", files=files)
+        rows = found["evaluations"]
+        front = [rows[i] for i in found["front"] if any(rows[i]["options"])]
+        ms, loss = (sorted(row[key] for row in front) for key in ("latency_ms", "loss_db"))
+        for name, limits in (("ms", {"max_ms": ms[1]}), ("loss", {"max_loss_db": max(loss[1], 1e-6)})):
+            flags = [text for key, value in limits.items() for text in (hwdeblur.flag(key), value)]
+            wish, scored, _ = self.searched(f"wish_{name}", *flags, files=files)
+            first = wish["evaluations"][wish["knee"][0]]
+            key, other = ("latency_ms", "loss_db") if name == "ms" else ("loss_db", "latency_ms")
+            within = [wish["evaluations"][i] for i in wish["front"]]
+            within = [row for row in within if row[key] <= list(limits.values())[0] and any(row["options"])]
+            self.assertEqual(first[other], min(row[other] for row in within))
+            self.assertTrue(all(wish["evaluations"][i] in within for i in wish["knee"]))
+        self.refused(f"no net .* meets --max-ms {ms[0] / 2:g}; the nearest .* take {ms[0]:.4g} ms",
+                     "--stage", "all", "--target", "paper", *TINY, "--max-ms", ms[0] / 2,
+                     out=self.copied("no_such_net"))
+        self.assertRegex(self.printed, "knee: .* dB lost\n- `--max-loss-db 0.1`: .*\n- `--max-loss-db 0.3`: ")
 
     def test_what_was_made_from_another_table_is_made_anew(self):
         out = self.copied("stale_table")
@@ -2405,7 +2513,7 @@ class Whole(unittest.TestCase):
         self.assertEqual(sorted(flags), sorted([*own, "--stage", "--preset", "--out", "--device", "--threads",
                                                 "--force", "--input", "--output"]))
         help_text = " ".join(text.split())
-        self.assertRegex(help_text, r"stage distill: --distill-share [^:]+\[150 steps; paper: 20000\]")
+        self.assertRegex(help_text, r"stage distill: --distill-share [^:]+\[100 steps; paper: 20000\]")
         self.refused("no stage is given: --stage all")
 
     def test_bad_input_is_one_line(self):
@@ -2543,9 +2651,9 @@ class Whole(unittest.TestCase):
     def test_the_best_or_the_fastest_is_picked(self):
         out = self.copied("fastest", "base.pt", "saliency.json", "profile.json", "surrogates.pt",
                           "search.json")
-        self.done("--stage", "finetune", "--target", "paper", *TINY, "--finetune-steps", 0, "--pick",
-                  "fastest", out=out)
-        for folder, key in ((self.out, lambda c: -c["val_after_db"]), (out, lambda c: c["latency_ms"])):
+        self.done("--stage", "finetune", "--target", "paper", *TINY, "--finetune-steps", 0, "--pick", "best",
+                  out=out)
+        for folder, key in ((self.out, lambda c: c["latency_ms"]), (out, lambda c: -c["val_after_db"])):
             tuned = torch.load(folder / "finetuned.pt", weights_only=True)
             values = list(map(key, tuned["candidates"]))
             self.assertEqual(tuned["picked"], values.index(min(values)), values)
@@ -2614,11 +2722,11 @@ class Whole(unittest.TestCase):
         self.assertTrue(any(choice["enc0.0"] == 3 for choice in taken))
 
     def test_two_ranks_do_the_work_of_one(self):
-        """All stages; distillation from the same base, bit for bit; an error of rank 1 alone, told once."""
+        """All stages, all blocks; distillation of the same base, bit for bit; errors of rank 1, told once."""
         whole = Path(self.folder.name) / "ranks"
         shared = self.copied("shared", "base.pt", "saliency.json", "profile.json")
         common = ["--target", "paper", *TINY, "--threads", str(torch.get_num_threads()), "--out"]
-        few = ["--evaluations", "7", "--candidates", "1", "--stage", "all"]
+        few = "--space all --max-ms 30 --evaluations 7 --candidates 1 --stage all".split()
         lines = [[*common, str(whole), *few], ["--stage", "distill", *common, str(shared)],
                  ["--stage", "search", *common, str(shared)],
                  ["--stage", "base", *common, str(shared / "new")]]
@@ -2640,8 +2748,18 @@ class Whole(unittest.TestCase):
         self.assertEqual((other[0].splitlines(), other[1]), (statuses, ""))
         self.assertEqual([line for line in printed.splitlines() if "status" in line], statuses, said)
         self.assertEqual(said.count("hwdeblur: a broken image"), 2)
-        self.assertEqual(json.loads((whole / "search.json").read_text())["proposed"], 7)
-        self.assertTrue((whole / "report.md").exists())
+        found = json.loads((whole / "search.json").read_text())
+        self.assertEqual((found["proposed"], found["space"], found["options"][-1]), (7, 8 ** 5, "NoBlock"))
+        self.assertRegex((whole / "report.md").read_text(), "(?s): NoBlock in place of NAFBlock.* 7 NoBlock ")
+        tuned = torch.load(whole / "finetuned.pt", weights_only=True)
+        removed = [site for site, k in tuned["choice"].items() if k == blocks.NO_BLOCK]
+        self.assertTrue(removed)
+        deployed, x = blocks.deploy(hwdeblur.chosen_net(tuned)), images(1, 3, 32, 32)
+        self.assertNotIn(blocks.NoBlock, set(map(type, deployed.modules())))
+        self.assertEqual(sum(len(stage) for _, stage, _ in blocks._stages(deployed)), 5 - len(removed))
+        self.done("--stage", "export", out=whole)
+        program = torch.export.load(whole / "deblur.pt2").module()
+        torch.testing.assert_close(program(x), deployed(x), rtol=1e-5, atol=1e-6)
         self.assertEqual((shared / "surrogates.pt").read_bytes(), (self.out / "surrogates.pt").read_bytes())
         one, two = (torch.load(out / "base.pt", weights_only=True)["params"] for out in (self.out, whole))
         for name, p in one.items():
