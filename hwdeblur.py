@@ -1379,7 +1379,8 @@ def best_compromises(history, count, limits=(math.inf, math.inf)):
     """(the front, at most `count` of it within the limits, best first and apart), as positions in history.
 
     limits: of loss in dB and of penalty. Best is what lies furthest below the chord of the front or, where
-    one objective alone is limited, what is best in the other. The base is none of them unless it is alone.
+    one objective alone is limited, what is best in the other; then those faster than it, since fine-tuning
+    wins back most of what swaps lose, and no time. The base is none of them unless it is alone.
     """
     Y, limited = np.array([e[1:] for e in history]), np.isfinite(limits)
     front = search.front_of(Y)
@@ -1388,6 +1389,7 @@ def best_compromises(history, count, limits=(math.inf, math.inf)):
         order = sorted(order, key=lambda i: Y[front[i], limited.argmin()])
     if len(front) > 1:
         order = [i for i in order if any(history[front[i]].options) and (Y[front[i]] <= limits).all()]
+    order = sorted(order, key=lambda i: Y[front[i], 1] > Y[front[order[0]], 1])
     return front, [front[i] for i in search.apart(Y[front], order, count)]
 
 
@@ -1772,9 +1774,10 @@ def front_section(found, diverged, pick):
     if any(rows[found["knee"][0]]["options"]):
         distances = ", ".join(f"{found['below_chord'][found['front'].index(i)]:.2f}" for i in found["knee"])
         how = wish_words(found["config"])
-        why = (f"The candidates are, of the front without the base, {how}, but a tenth of the front's span "
-               "in latency apart where there are enough: neighbours on it differ in a swap or two, and "
-               "fine-tuning both teaches little. Their distances below the chord, both axes scaled to 1: "
+        why = (f"The candidates are, of the front without the base, {how}; after the first, those that are "
+               "faster, as fine-tuning wins back most of what swaps lose, and no time; a twentieth of the "
+               "front's span in latency apart where there are enough, as neighbours differ in a swap or two, "
+               "and fine-tuning both teaches little. Their distances below the chord, both axes scaled to 1: "
                f"{distances}. Picked after fine-tuning: the {pick}.")
     back = len(rows) - found["proposed"]
     return ["## The front",

@@ -617,8 +617,8 @@ class Search(unittest.TestCase):
                 self.assertLess(np.median(swaps), len(sizes) / 2)
 
     def test_candidates_lie_apart_where_the_front_is_wide_enough(self):
-        front = [[0, 1.0], [1, 0.95], [2, 0.5], [3, 0.49], [9, 0.0]]
-        self.assertEqual(search.apart(front, [2, 3, 1, 0], 3), [2, 1, 3])
+        front = [[0, 1.0], [1, 0.9], [2, 0.5], [3, 0.49], [9, 0.0]]
+        self.assertEqual(search.apart(front, [2, 3, 1, 0], 4), [2, 1, 0, 3])
         self.assertEqual(search.apart(front, [0, 2, 3], 2), [0, 2])
         self.assertEqual(search.apart(front[:1], [0], 3), [0])
 
@@ -1939,6 +1939,17 @@ class Choice(unittest.TestCase):
         history = [search.Evaluation((0, 0), 0.0, 1.0), search.Evaluation((1, 0), 0.5, 0.5)]
         self.assertEqual(hwdeblur.best_compromises(history, 3), ([1, 0], [1]))
         self.assertEqual(hwdeblur.best_compromises(history[:1], 3), ([0], [0]))
+
+    def test_candidates_are_the_knee_then_faster_ones_then_the_rest(self):
+        Y = [(0.0, 1.0), (0.01, 0.8), (0.1, 0.5), (0.13, 0.49), (0.4, 0.3), (0.8, 0.1), (1.0, 0.0)]
+        history = [search.Evaluation((i,), *y) for i, y in enumerate(Y)]
+        order = lambda count, *limits: hwdeblur.best_compromises(history, count, *limits)[1]
+        self.assertEqual(order(4), [2, 4, 5, 6])
+        self.assertEqual(order(9), [2, 4, 5, 6, 1, 3])         # 3, a neighbour of the best, comes last
+        self.assertEqual(order(2, (np.inf, 0.5)), [2, 4])      # least loss first
+        self.assertEqual(order(2, (0.5, np.inf)), [4, 3])      # fastest first
+        self.assertEqual(order(2, (0.2, 0.49)), [3])
+        self.assertEqual(order(2, (0.1, 0.3)), [])
 
     def test_an_output_that_is_not_finite_scores_0_db(self):
         with mock.patch.object(hwdeblur, "evaluate", side_effect=[{"psnr_db": 30.0}, {"psnr_db": math.nan}]):
