@@ -1775,7 +1775,7 @@ def front_section(found, diverged, pick):
         distances = ", ".join(f"{found['below_chord'][found['front'].index(i)]:.2f}" for i in found["knee"])
         how = wish_words(found["config"])
         why = (f"The candidates are, of the front without the base, {how}; after the first, those that are "
-               "faster, as fine-tuning wins back most of what swaps lose, and no time; a twentieth of the "
+               "faster, as fine-tuning wins back most of what swaps lose, and no time; a tenth of the "
                "front's span in latency apart where there are enough, as neighbours differ in a swap or two, "
                "and fine-tuning both teaches little. Their distances below the chord, both axes scaled to 1: "
                f"{distances}. Picked after fine-tuning: the {pick}.")

@@ -460,7 +460,7 @@ def knee(front, count):
     return [int(i) for i in np.argsort(-below_chord(front), kind="stable")[:count]]
 
 
-def apart(front, ranked, count, gap=0.05):
+def apart(front, ranked, count, gap=0.1):
     """The first `count` of `ranked`, indices of front (n, 2), that lie apart; if too few do, the next best.
 
     Apart: by `gap` of the front's span in objective 2. Neighbours on a front differ in a swap or two.

@@ -618,7 +618,7 @@ class Search(unittest.TestCase):
 
     def test_candidates_lie_apart_where_the_front_is_wide_enough(self):
         front = [[0, 1.0], [1, 0.9], [2, 0.5], [3, 0.49], [9, 0.0]]
-        self.assertEqual(search.apart(front, [2, 3, 1, 0], 4), [2, 1, 0, 3])
+        self.assertEqual(search.apart(front, [2, 3, 1, 0], 3), [2, 1, 3])
         self.assertEqual(search.apart(front, [0, 2, 3], 2), [0, 2])
         self.assertEqual(search.apart(front[:1], [0], 3), [0])
 
