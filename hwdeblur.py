@@ -173,8 +173,8 @@ class Config:
     from_: str = knob("", "finetune adapt", "a finetuned.pt to adapt to --data, without a search (III-C)")
     finetune_steps: int = knob(400, "finetune adapt", "length of it, each candidate", 0, 10 ** 7, "steps")
     finetune_lr: float = knob(1e-3, "finetune adapt", "first learning rate, cosine to 1e-7", 1e-12, 1e30)
-    pick: str = knob("fastest", "finetune", "of these candidates: best (PSNR, II-C) or fastest (III-A)",
-                     choices=("best", "fastest"))
+    pick: str = knob("near-best", "finetune", "of these candidates: best (PSNR, II-C), fastest (III-A), or "
+                     "near-best, the fastest within 0.1 dB of best", choices=("near-best", "best", "fastest"))
     test: tuple = knob((), "evaluate adapt", "a further test set, folder or list; may be given several times")
 
 
@@ -1469,6 +1469,14 @@ def stage_search(job, base, saliency, profile, distill):
             "taken_back": [swap_effects(history[i], scored, sites, profile) for i in knee]}
 
 
+def picked(candidates, pick):
+    """Position of the best (PSNR on validation), the fastest, or the fastest within 0.1 dB of the best."""
+    below = {"best": 0.0, "near-best": 0.1, "fastest": math.inf}[pick]
+    least = max(row["val_after_db"] for row in candidates) - below
+    return min((n for n, row in enumerate(candidates) if row["val_after_db"] >= least),
+               key=lambda n: candidates[n]["latency_ms"])
+
+
 def stage_finetune(job, base, distill, search):
     """Section II-C: candidates of the knee region, trained on all pairs; one is picked.
 
@@ -1490,8 +1498,7 @@ def stage_finetune(job, base, distill, search):
         if math.isnan(after):
             raise InputError(f"finetune: candidate {n} diverged: lower --finetune-lr {config.finetune_lr}")
         rows.append({**row, "val_before_db": search["base_val_db"] - row["loss_db"], "val_after_db": after})
-    best = max(range(len(rows)), key=lambda n: rows[n]["val_after_db"] if config.pick == "best"
-               else -rows[n]["latency_ms"])
+    best = picked(rows, config.pick)
     return {"params": state_of(tuned[best]), "arch": base["arch"], "picked": best, "candidates": rows,
             "choice": choice_of(sites, rows[best]["options"])}
 

@@ -1940,6 +1940,11 @@ class Choice(unittest.TestCase):
         self.assertEqual(hwdeblur.best_compromises(history, 3), ([1, 0], [1]))
         self.assertEqual(hwdeblur.best_compromises(history[:1], 3), ([0], [0]))
 
+    def test_near_best_is_the_fastest_within_a_tenth_of_a_db(self):
+        rows = [{"val_after_db": db, "latency_ms": ms} for db, ms in ((30.0, 9), (29.92, 8), (29.85, 7))]
+        self.assertEqual([hwdeblur.picked(rows, pick) for pick in ("best", "near-best", "fastest")], [0, 1, 2])
+        self.assertEqual(hwdeblur.picked(rows[::-1], "near-best"), 1)
+
     def test_candidates_are_the_knee_then_faster_ones_then_the_rest(self):
         Y = [(0.0, 1.0), (0.01, 0.8), (0.1, 0.5), (0.13, 0.49), (0.4, 0.3), (0.8, 0.1), (1.0, 0.0)]
         history = [search.Evaluation((i,), *y) for i, y in enumerate(Y)]
@@ -2662,12 +2667,13 @@ class Whole(unittest.TestCase):
     def test_the_best_or_the_fastest_is_picked(self):
         out = self.copied("fastest", "base.pt", "saliency.json", "profile.json", "surrogates.pt",
                           "search.json")
-        self.done("--stage", "finetune", "--target", "paper", *TINY, "--finetune-steps", 0, "--pick", "best",
-                  out=out)
-        for folder, key in ((self.out, lambda c: c["latency_ms"]), (out, lambda c: -c["val_after_db"])):
-            tuned = torch.load(folder / "finetuned.pt", weights_only=True)
+        for pick, key in (("best", lambda c: -c["val_after_db"]), ("fastest", lambda c: c["latency_ms"])):
+            self.done("--stage", "finetune", "--target", "paper", *TINY, "--finetune-steps", 0, "--pick", pick,
+                      out=out)
+            tuned = torch.load(out / "finetuned.pt", weights_only=True)
             values = list(map(key, tuned["candidates"]))
             self.assertEqual(tuned["picked"], values.index(min(values)), values)
+            (out / "finetuned.pt").unlink()
         for c in tuned["candidates"]:             # no step changes no score
             self.assertAlmostEqual(c["val_before_db"], c["val_after_db"], places=3)
 
