@@ -1940,6 +1940,16 @@ class Choice(unittest.TestCase):
         self.assertEqual(hwdeblur.best_compromises(history, 3), ([1, 0], [1]))
         self.assertEqual(hwdeblur.best_compromises(history[:1], 3), ([0], [0]))
 
+    def test_a_wish_in_ms_is_that_penalty(self):
+        table = {"sites": {"a": [6.0, 3.0], "b": [2.0, 0.5]}, "rest_ms": 4.0, "scale": 0.5}
+        penalty = search.penalties(table, ["a", "b"])
+        for options in itertools.product((0, 1), repeat=2):
+            ms = profile_device.network_ms(table, dict(zip("ab", options)))
+            loss_db, limit = hwdeblur.wished(hwdeblur.Config(max_ms=ms), table)
+            self.assertAlmostEqual(limit, search.total_penalty(penalty, options))
+            self.assertEqual(loss_db, math.inf)
+        self.assertEqual(hwdeblur.wished(hwdeblur.Config(max_loss_db=0.1), table), (0.1, math.inf))
+
     def test_near_best_is_the_fastest_within_a_tenth_of_a_db(self):
         rows = [{"val_after_db": db, "latency_ms": ms} for db, ms in ((30.0, 9), (29.92, 8), (29.85, 7))]
         for pick, n in (("best", 0), ("near-best", 1), ("fastest", 2)):
@@ -2382,16 +2392,26 @@ class Whole(unittest.TestCase):
         self.refused("--evaluations 24, not 30: --stage search makes it anew", "--stage", "evaluate",
                      "--target", "paper", *TINY, "--evaluations", 30)
 
-    def searched(self, name, *flags, files=("base.pt", "saliency.json", "profile.json", "surrogates.pt")):
-        """search.json, what was scored for it, and what was said: a search in a new folder with `files`."""
+    def searched(self, name, *flags, files=("base.pt", "saliency.json", "profile.json", "surrogates.pt"),
+                 stops=()):
+        """search.json, what was scored for it, and what was said: a search in a new folder with `files`.
+
+        Cut off, and started again, before each score number `stops`.
+        """
         out, scored, scorer = self.copied(name, *files), [], hwdeblur.scorer
 
         def noting(*args):
-            base_db, score = scorer(*args)
-            return base_db, lambda options: scored.append(options) or score(options)
+            def noted(options):
+                if len(scored) == stop:
+                    raise SystemExit
+                return scored.append(options) or score(options)
 
-        with mock.patch.object(hwdeblur, "scorer", noting):
-            _, said = self.done("--stage", "search", "--target", "paper", *TINY, *flags, out=out)
+            base_db, score = scorer(*args)
+            return base_db, noted
+
+        for stop in (*stops, None):
+            with mock.patch.object(hwdeblur, "scorer", noting), contextlib.suppress(SystemExit):
+                _, said = self.done("--stage", "search", "--target", "paper", *TINY, *flags, out=out)
         self.assertFalse(list(out.glob("*.part")))
         return json.loads((out / "search.json").read_text()), scored, said
 
@@ -2406,6 +2426,9 @@ class Whole(unittest.TestCase):
         self.assertEqual(len(scored), len(whole["evaluations"]))
         self.assertEqual(set(scored) - known, set(added))
         self.assertEqual(len(added), len(set(added)))
+        files, stops = [p.name for p in self.out.iterdir()], (2, 3, len(added) - 1)
+        again, scored, _ = self.searched("going_on_cut_off", *more, files=files, stops=stops)
+        self.assertEqual((again, scored), (whole, added))
 
     def test_candidates_are_what_was_wished_for(self):
         files = [path.name for path in self.out.iterdir()]
