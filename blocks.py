@@ -290,11 +290,6 @@ BLOCKS = (NAFBlock, GatedBN, Gated, InvertedResidual, ReluBN, RepConv, GatedBNAt
 NO_BLOCK = len(BLOCKS)
 
 
-def new_block(option, channels):
-    """An untrained block by its option number."""
-    return (*BLOCKS, lambda _: NoBlock())[option](channels)
-
-
 # ---------------------------------------------------------------------------------- the net
 
 def _stage(channels, blocks):
@@ -569,7 +564,7 @@ def new_surrogate(net, site, option, seed):
     like = net.intro.weight
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(zlib.crc32(f"{seed} {site} {option}".encode()))
-        block = keep_window(new_block(option, channels), block_at(net, site))
+        block = keep_window((*BLOCKS, NoBlock)[option](channels), block_at(net, site))
     return block.to(device=like.device, dtype=like.dtype, memory_format=torch.channels_last)
 
 

@@ -1202,8 +1202,7 @@ def trained_surrogates(net, distill, seed):
 
 def option_names(no_block):
     """The names of all options, in order; no_block: whether to do without is one of them."""
-    names = [block.__name__ for block in blocks.BLOCKS]
-    return names + [blocks.NoBlock.__name__] if no_block else names
+    return [block.__name__ for block in (*blocks.BLOCKS, *[blocks.NoBlock] * bool(no_block))]
 
 
 def choice_of(sites, options):
@@ -1454,7 +1453,7 @@ def stage_search(job, base, saliency, profile, distill):
                                 history=history, batch=world(), map=lambda _, new: score_all(new), each=each)
     for warning in ended:
         say(str(warning.message))
-    candidates = lambda history: best_compromises(history, config.candidates, wished(config, profile))
+    candidates = functools.partial(best_compromises, count=config.candidates, limits=wished(config, profile))
     history, front, knee = with_swaps_back(history, candidates, score_all, penalty)
     rows = [{"options": list(e.options), "loss_db": e.loss_db, "penalty": e.penalty,
              "latency_ms": profile_device.network_ms(profile, choice_of(sites, e.options))} for e in history]
@@ -1769,7 +1768,7 @@ def wish_list(found):
         within = [row for row in rows if row["loss_db"] <= limit and any(row["options"])]
         lines.append(f"- `--max-loss-db {limit}`: "
                      + (words(min(within, key=lambda row: row["latency_ms"])) if within else "nothing"))
-    return (f"Other wishes would have given, as predicted before fine-tuning where the base takes "
+    return ("Other wishes would have given, as predicted before fine-tuning where the base takes "
             f"{base['latency_ms']:.3g} ms:\n\n" + "\n".join(lines))
 
 
