@@ -18,6 +18,7 @@ of this file, in order, each built on those above it:
     metrics                                      PSNR, SSIM, scores of nets over whole images
     nets in and out of artefacts                 state dicts to nets
     the stages                                   section II, a function each: base to evaluate
+    controls                                     is the search worth it: other nets of the same latency
     the report                                   report.md, pareto.svg, samples.png
     one photograph, one exported program         --stage deblur and --stage export
     running the stages                           reuse, order, one writer at a time
@@ -54,6 +55,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from scipy.ndimage import correlate1d, gaussian_filter
+from scipy.stats import bootstrap
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -175,7 +177,10 @@ class Config:
     finetune_lr: float = knob(1e-3, "finetune adapt", "first learning rate, cosine to 1e-7", 1e-12, 1e30)
     pick: str = knob("near-best", "finetune", "of these candidates: best (PSNR, II-C), fastest (III-A), or "
                      "near-best, the fastest within 0.1 dB of best", choices=("near-best", "best", "fastest"))
-    test: tuple = knob((), "evaluate adapt", "a further test set, folder or list; may be given several times")
+    test: tuple = knob((), "evaluate adapt control",
+                       "a further test set, folder or list; may be given several times")
+    controls: int = knob(3, "control", "random configurations among them", 0, 999)
+    control_scratch: bool = knob(False, "control", "train some from scratch even where --weights gave the base")
 
 
 # The paper preset trains as the authors' NAFNet-width32 for GoPro did: 8 x 4 crops a step, gradients clipped
@@ -1118,8 +1123,8 @@ def alike(pairs, pixels=2 ** 16):
         yield group
 
 
-def evaluate(net, pairs, device="cpu", with_ssim=True, label=""):
-    """Mean PSNR (dB) and SSIM over whole images of any size; net None scores the blurred input itself.
+def image_scores(net, pairs, device="cpu", with_ssim=True, label=""):
+    """PSNR (dB) and SSIM of every image, whole and of any size; net None scores the blurred input itself.
 
     Images of one size go through the net a few at a time. Progress is shown under `label`, if there is one.
     """
@@ -1132,7 +1137,16 @@ def evaluate(net, pairs, device="cpu", with_ssim=True, label=""):
         structure += [ssim(*pair).item() if with_ssim else math.nan for pair in zip(output, target)]
         if tick:
             tick(len(db))
-    return {"psnr_db": statistics.fmean(db), "ssim": statistics.fmean(structure)}
+    return {"psnr_db": db, "ssim": structure}
+
+
+def means(scores):
+    return {key: statistics.fmean(values) for key, values in scores.items()}
+
+
+def evaluate(net, pairs, device="cpu", with_ssim=True, label=""):
+    """The means of `image_scores`."""
+    return means(image_scores(net, pairs, device, with_ssim, label))
 
 
 def score_nets(nets, pairs, device="cpu", label=""):
@@ -1531,32 +1545,49 @@ def random_nets(sites, base, count, rng):
     return {" ".join(map(str, c.values())): (c, blocks.assemble(base, surrogates, c)) for c in choices}
 
 
+def time_whole(job, table, nets):
+    """Latency of whole nets {name: deployed net}, taken together -> ({name: ms or None}, where, repeat_tau).
+
+    On the target of latency table `table`; repeat_tau as `profile_device.time_nets` has it, locally.
+    """
+    config, shape = job.config, (1, 3, *job.config.frame)
+    where = {key: table[key] for key in (*WHERE, "frame") if key in table}
+    if config.target == "local":
+        where.update(profile_device.machine(job.device))
+        say(f"{job.head['stage']}: timing {len(nets)} whole nets ...")
+        measured, repeat_tau = profile_device.time_nets({name: (net, shape) for name, net in nets.items()},
+                                                        job.device)
+        return measured, where, repeat_tau
+    if config.target == "paper":
+        return dict.fromkeys(nets), where, None
+    entries = {name: (copy.deepcopy(net).cpu(), shape) for name, net in nets.items()}
+    found = profile_device.profile_hub(entries, **hub(job))
+    for line in profile_device.remarks({"modules": found}):
+        say(line)
+    return {name: result["ms"] for name, result in found.items()}, where, None
+
+
 def measure_nets(job, table, nets, choices, count=30):
-    """Latency of whole nets, {name: deployed net} and {name: choice} -> ({name: ms or None}, their sums).
+    """`time_whole` of {name: deployed net} and {name: choice} -> ({name: ms or None}, their sums).
 
     Locally `count` random configurations are timed in the same rounds, so that the sums say how well the
     profiled blocks predict nets in general, whatever the machine's speed is by now. A net without a choice
     has a time, but no sum.
     """
-    config, shape = job.config, (1, 3, *job.config.frame)
-    where, repeat_tau = {key: table[key] for key in (*WHERE, "frame") if key in table}, None
-    if config.target == "local":
-        where.update(profile_device.machine(job.device))
-        more = random_nets(table["sites"], nets["base"], count, np.random.default_rng([config.seed, 5]))
-        choices = {**choices, **{name: choice for name, (choice, _) in more.items()}}
-        nets = {**nets, **{name: net for name, (_, net) in more.items()}}
-        say(f"evaluate: timing {len(nets)} whole nets ...")
-        entries = {name: (net, shape) for name, net in nets.items()}
-        measured, repeat_tau = profile_device.time_nets(entries, job.device)
-    elif config.target == "qai-hub":
-        entries = {name: (copy.deepcopy(net).cpu(), shape) for name, net in nets.items()}
-        found = profile_device.profile_hub(entries, **hub(job))
-        for line in profile_device.remarks({"modules": found}):
-            say(line)
-        measured = {name: result["ms"] for name, result in found.items()}
-    else:
-        measured = dict.fromkeys(nets)
+    rng, more = np.random.default_rng([job.config.seed, 5]), {}
+    if job.config.target == "local":
+        more = random_nets(table["sites"], nets["base"], count, rng)
+    choices = {**choices, **{name: choice for name, (choice, _) in more.items()}}
+    nets = {**nets, **{name: net for name, (_, net) in more.items()}}
+    measured, where, repeat_tau = time_whole(job, table, nets)
     return measured, {**profile_device.sums(table, choices, measured, where), "repeat_tau": repeat_tau}
+
+
+def sizes(net, frame):
+    """Parameters, their megabytes, and GMACs at an input of frame (H, W)."""
+    return {"params": blocks.count_params(net),
+            "mb": sum(p.numel() * p.element_size() for p in net.parameters()) / 1e6,
+            "gmacs": blocks.count_macs(net, (1, 3, *frame)) / 1e9}
 
 
 def stage_evaluate(job, base, profile, finetune):
@@ -1570,14 +1601,215 @@ def stage_evaluate(job, base, profile, finetune):
         blocks.set_window(reach["global attention"], None)
     measured, sums = measure_nets(job, profile, {**nets, **reach}, choices)
     own = score_nets(nets, job.pairs("test"), job.device, "test")
-    rows = {name: {**own[name], "params": blocks.count_params(net),
-                   "mb": sum(p.numel() * p.element_size() for p in net.parameters()) / 1e6,
-                   "gmacs": blocks.count_macs(net, (1, 3, *config.frame)) / 1e9, "latency_ms": measured[name],
+    rows = {name: {**own[name], **sizes(net, config.frame), "latency_ms": measured[name],
                    "predicted_ms": sums["drift"] * profile_device.network_ms(profile, choices[name])}
             for name, net in nets.items()}
     tests = {name: score_nets(nets, test, job.device, name) for name, test in sets.items()}
     return {"test_pairs": own["pairs"], "blurred": own["blurred"], **rows, "tests": tests, "sums": sums,
             "protocol": protocol(window), "window": window, "global_ms": measured.get("global attention")}
+
+
+# ---------------------------------------------------------------------------------------- controls
+
+def least_salient(scores):
+    """All blocks, the least salient first: by their mean rank over the measures."""
+    single = {measure: {site.replace(".", "-"): value for site, value in by_site.items()}
+              for measure, by_site in scores.items()}                  # to `mean_ranks`, stages of one block
+    ranks = blocks.mean_ranks(single)
+    return [site.replace("-", ".") for site in sorted(ranks, key=ranks.get, reverse=True)]
+
+
+def nearest_below(cost, limit):
+    """The key of {key: cost} whose cost is nearest limit and not above it; None where all are above."""
+    return max((key for key in cost if cost[key] <= limit), key=cost.get, default=None)
+
+
+def as_fast(job, profile, arch, net, chosen, order):
+    """The width, and the blocks of `order` to leave out, that bring the base net to the chosen net's latency.
+
+    Measured, all in one go, or in GMACs where the target measures no nets; None where none is as fast.
+    """
+    widths = {f"width {width}": width for width in range(2, arch["width"] + 1, 2)}
+    fewer = {f"without {n} blocks": order[:n] for n in range(len(order) + 1)}
+    nets = {"chosen": chosen,
+            **{name: new_net(**{**arch, "width": width}, seed=0).to(job.device)
+               for name, width in widths.items()},
+            **{name: blocks.assemble(net, {}, dict.fromkeys(gone, len(blocks.BLOCKS)))
+               for name, gone in fewer.items()}}
+    cost = time_whole(job, profile, nets)[0]
+    if not any(cost.values()):
+        cost = {name: sizes(net, job.config.frame)["gmacs"] for name, net in nets.items()}
+    cost = {name: math.inf if value is None else value for name, value in cost.items()}
+    fit = lambda names: nearest_below({name: cost[name] for name in names}, cost["chosen"])
+    return widths.get(fit(widths)), fewer.get(fit(fewer))
+
+
+def configurations(config, penalty, chosen, score_all):
+    """{name: options, None where there are none} of the controls of the chosen options' predicted latency.
+
+    score_all(configurations) -> dB lost by each, plug and play: asked for every single swap, and for every
+    option everywhere that is no slower.
+    """
+    limit = search.total_penalty(penalty, chosen) + 1e-9
+    base = tuple(int(options[0]) for options in search.available(penalty))
+    swaps = list(dict.fromkeys(search.neighbours([base], search.available(penalty))))
+    loss_db = dict(zip(swaps, score_all(swaps)))
+    losses = [[loss_db.get(base[:i] + (k,) + base[i + 1:], math.inf) for k in range(len(p))]
+              for i, p in enumerate(penalty)]
+    alike = [(k,) * len(penalty) for k in range(1, len(penalty[0]))]
+    alike = [options for options in alike if search.total_penalty(penalty, options) <= limit]
+    drawn = search.random_at(penalty, limit, config.controls + 1, np.random.default_rng([config.seed, 6]))
+    drawn = [options for options in drawn if options != chosen] + [None] * config.controls
+    return {"one option everywhere": min(zip(score_all(alike), alike), default=(0, None))[1],
+            "budgeted sum": search.budgeted(losses, penalty, limit),
+            **{f"random {n + 1}": drawn[n] for n in range(config.controls)}}
+
+
+def control_plan(job, base, saliency, profile, distill, found, finetune):
+    """{"controls": [...], "single_swaps": how many were scored for one of them, "planned": a word}.
+
+    A control is {name; choice, {site: option}; width, None: the base's; scratch: trained from there; missing:
+    why there is none, or ""}.
+    """
+    config, sites, net = job.config, saliency["sites"], base_net(base, job.device)
+    penalty = search.penalties(profile, sites, distill["diverged"])
+    val = [load_pair(pair) for pair in job.pairs("val")]
+    scored = {tuple(row["options"]): row["loss_db"] for row in found["evaluations"]}
+    _, score = scorer(net, trained_surrogates(net, distill, config.seed), sites, val, job.device)
+    score_all = functools.partial(score_new, score, scored, lambda: None)
+    chosen = blocks.deploy(chosen_net(finetune, job.device))
+    width, gone = first(lambda: as_fast(job, profile, base["arch"], net, chosen,
+                                        least_salient(saliency["scores"])))
+    choice, slow = finetune["choice"], "none is as fast"
+    equal = configurations(config, penalty, tuple(choice[site] for site in sites), score_all)
+    untrained = "not trained: --control-scratch" if config.weights and not config.control_scratch else ""
+    row = lambda name, choice=None, missing="", width=None, scratch=False: dict(
+        name=name, choice=choice or {}, missing=missing, width=width, scratch=scratch)
+    rows = [row("base"), row("base, more steps"), row("chosen", choice),
+            row("narrower", {}, untrained or slow * (width is None), width, True),
+            row("shallower", dict.fromkeys(gone or [], len(blocks.BLOCKS)), slow * (gone is None)),
+            *(row(name, choice_of(sites, options or []), slow * (options is None))
+              for name, options in equal.items()),
+            row("chosen, from scratch", choice, untrained, None, True)]
+    swaps = sum(map(len, search.available(penalty))) - len(sites)
+    return {"controls": rows, "planned": "planning", "single_swaps": swaps}
+
+
+def seconds_per_step(job, net, count=4):
+    """Of the base net's training, by a few steps on one batch: the median."""
+    config, times = job.config, []
+    batch = crops(job.pairs("train"), 0, config.crop, max(1, config.batch // world()))(0)
+    batch = [as_batch(images, job.device) for images in batch]
+    blocks.train(net, lambda step: batch, count, 1e-9, config.amp,
+                 each=lambda *_: times.append(time.perf_counter()))
+    return statistics.median(np.diff(times))
+
+
+def trained_control(job, base, distill, control):
+    """The net of one control -> (it, its validation PSNR in dB [before, after] fine-tuning).
+
+    Fine-tuned as the candidates were, on the same crops at the same rate; from scratch, before that, trained
+    as the base was, with batch norms that do nothing, as no distillation gave them statistics.
+    """
+    config, name = job.config, control["name"]
+    net, file = base_net(base, job.device), "control." + re.sub(r"\W+", "-", name) + "{}.part"
+    surrogates = trained_surrogates(net, distill, config.seed)
+    if control["scratch"]:
+        arch = {**base["arch"], "width": control["width"] or base["arch"]["width"]}
+        net = new_net(**arch, seed=config.seed).to(job.device)
+        surrogates = {site: {k: blocks.new_surrogate(net, site, k, config.seed)}
+                      for site, k in control["choice"].items()}
+    start = blocks.assemble(net, surrogates, control["choice"])
+    if control["scratch"]:
+        start = trained(job, start, config.base_steps, config.base_lr, f"control: {name}",
+                        file.format("-base"), config.seed)
+    tuned = trained(job, start, config.finetune_steps, config.finetune_lr, f"control: {name}",
+                    file.format(""), config.seed + 4)
+    db = [evaluate(each, job.pairs("val"), job.device, with_ssim=False)["psnr_db"] for each in (start, tuned)]
+    return tuned, db
+
+
+def swaps_of(choice):
+    """((site, option), ...) of the swaps of a choice alone: what tells one net from another."""
+    return tuple(sorted((site, k) for site, k in choice.items() if k))
+
+
+def control_nets(job, controls, base, distill, finetune):
+    """{name: (net, its validation PSNR in dB before and after fine-tuning)} of the controls that there are.
+
+    Those that come out alike are trained once.
+    """
+    config, picked, base_db = job.config, finetune["candidates"][finetune["picked"]], base["val"]["psnr_db"]
+    chosen = chosen_net(finetune, job.device), [picked["val_before_db"], picked["val_after_db"]]
+    made = {"base": (base_net(base, job.device), [base_db, base_db]), "chosen": chosen}
+    todo = [c for c in controls if c["name"] not in made and not c["missing"]]
+    scratch, alike = sum(c["scratch"] for c in todo), {swaps_of(finetune["choice"]): chosen}
+    steps = len(todo) * config.finetune_steps + scratch * config.base_steps
+    minutes = first(lambda: steps * seconds_per_step(job, made["base"][0])) / 60
+    say(f"control: {len(todo)} nets to train, {scratch} of them from scratch, {steps:,} steps in all: about "
+        f"{minutes:.0f} minutes at the base net's pace, less what is done already")
+    for control in todo:
+        key = control["name"] if control["scratch"] else swaps_of(control["choice"])
+        alike[key] = made[control["name"]] = alike.get(key) or trained_control(job, base, distill, control)
+    return made
+
+
+def scored_together(job, nets, sets):
+    """{net: {set: `image_scores`}} of {name: net} on {name: pairs}; the ranks share the nets out."""
+    names = list(nets)
+    own = agreed(lambda: {name: {key: image_scores(nets[name], pairs, job.device, label=f"{key}: {name}")
+                                 for key, pairs in sets.items()} for name in names[rank()::world()]})
+    scores = merged(gather(own))
+    return {name: scores[name] for name in names}
+
+
+def interval(values, seed):
+    """95 % interval of the mean, by the bootstrap (Efron 1979); None of less than two values."""
+    if len(values) < 2:
+        return None
+    found = bootstrap([values], np.mean, method="percentile", rng=np.random.default_rng(seed), batch=100)
+    return [float(end) for end in found.confidence_interval]
+
+
+def control_row(config, control, net, ms, val_db, scores, chosen):
+    """What is told of one control: sizes, latency, scores, and how far ahead of the chosen net it is on test.
+
+    val_db: validation PSNR before and after fine-tuning; scores, chosen: its {set: scores of every image} and
+    the chosen net's.
+    """
+    ahead = np.subtract(scores["test"]["psnr_db"], chosen["test"]["psnr_db"])
+    return {**control, **sizes(net, config.frame), "latency_ms": ms, "val_before_db": val_db[0],
+            "val_after_db": val_db[1], **means(scores["test"]), "ahead_db": float(ahead.mean()),
+            "interval_db": interval(ahead, config.seed),
+            "tests": {key: {"pairs": len(each["psnr_db"]), **means(each)} for key, each in scores.items()
+                      if key != "test"}}
+
+
+def score_tau(sites, candidates, rows):
+    """(Kendall's tau of validation PSNR before and after fine-tuning, of how many configurations)."""
+    tuned = {swaps_of(choice_of(sites, row["options"])): row for row in candidates}
+    tuned.update((swaps_of(row["choice"]), row) for row in rows
+                 if not (row["missing"] or row["scratch"] or row["name"] == "base"))
+    pairs = [(row["val_before_db"], row["val_after_db"]) for row in tuned.values()]
+    return profile_device.kendall_tau(*zip(*pairs)), len(pairs)
+
+
+def stage_control(job, base, saliency, profile, distill, search, finetune):
+    """After all: is the search worth it? Nets of the chosen net's latency that were made otherwise."""
+    plan = resumed(job, "control.plan.part", "planned")
+    if not plan:
+        plan = control_plan(job, base, saliency, profile, distill, search, finetune)
+        first(lambda: saved(job.out / "control.plan.part", plan, job.head))
+    made = control_nets(job, plan["controls"], base, distill, finetune)
+    nets = {name: blocks.deploy(net) for name, (net, _) in made.items()}
+    ms, where, _ = first(lambda: time_whole(job, profile, nets))
+    scores = scored_together(job, nets, {"test": job.pairs("test"), **named_pairs(job.config)})
+    rows = [control_row(job.config, control, nets[name], ms[name], made[name][1], scores[name],
+                        scores["chosen"]) if (name := control["name"]) in nets else control
+            for control in plan["controls"]]
+    tau, count = score_tau(saliency["sites"], finetune["candidates"], rows)
+    return {"rows": rows, "single_swaps": plan["single_swaps"], "tau": tau, "tuned": count,
+            "measured_on": where, "protocol": protocol(base["arch"]["window"])}
 
 
 # --------------------------------------------------------------------------------------- the report
@@ -1869,6 +2101,80 @@ def sums_section(sums):
             markdown(["net", "as profiled, ms", "predicted ms: x drift", "measured ms", "error"], cells)]
 
 
+def control_kind(row):
+    """What a control is, in a few words."""
+    if row["width"]:
+        return f"width {row['width']}"
+    if row["name"] == "shallower":
+        return f"without {' '.join(row['choice']) or 'nothing'}"
+    return " ".join(map(str, row["choice"].values())) or "no swap"
+
+
+def control_words(control):
+    """Which controls of the chosen net's latency are better than it, or which comes nearest, in one line."""
+    rows = {row["name"]: row for row in control["rows"] if not row["missing"]}
+    own, key = rows["chosen"], "gmacs" if rows["chosen"]["latency_ms"] is None else "latency_ms"
+    alike = "of no more GMACs than" if key == "gmacs" else "as fast as"
+    rivals = sorted((row for name, row in rows.items() if name not in ("base", "base, more steps", "chosen")
+                     and row[key] <= 1.03 * own[key]), key=lambda row: -row["ahead_db"])
+    better = [row for row in rivals if row["ahead_db"] > 0]
+    listed = ", ".join(f"{row['name']} ({control_kind(row)}) {row['ahead_db']:+.2f} dB"
+                       for row in better or rivals[:1])
+    words = f"No control {alike} the chosen net (3 % allowed) is better; best: {listed or 'none'}."
+    if better:
+        words = f"Controls {alike} the chosen net (3 % allowed) are better: {listed}."
+    return f"{words} The base net with as many steps more: {rows['base, more steps']['ahead_db']:+.2f} dB."
+
+
+def control_cells(row, base_ms):
+    """A row of the table of controls."""
+    what = [row["name"], row["missing"] or control_kind(row)]
+    if row["missing"]:
+        return what + [""] * 8
+    ms, spread = row["latency_ms"], row["interval_db"]
+    return [*what, f"{row['params'] / 1e6:.3f}", f"{row['gmacs']:.2f}",
+            *(["", ""] if ms is None else [f"{ms:.1f}", f"{base_ms / ms:.2f}"]),
+            "" if row["scratch"] else f"{row['val_before_db']:.2f}", f"{row['psnr_db']:.2f}",
+            f"{row['ssim']:.4f}",
+            f"{row['ahead_db']:+.2f}" + (" [{:+.2f}, {:+.2f}]".format(*spread) if spread else ""),
+            *(score_cell(score) for score in row["tests"].values())]
+
+
+def control_table(control):
+    """The controls, a row each, and the mean of the random ones, as Markdown."""
+    rows = control["rows"]
+    table = [control_cells(row, rows[0]["latency_ms"]) for row in rows]
+    random = [row for row in rows if row["name"].startswith("random") and not row["missing"]]
+    if len(random) > 1:
+        db = [row["psnr_db"] for row in random]
+        ahead = statistics.fmean(row["ahead_db"] for row in random)
+        table.append([f"random, mean of {len(random)}", "", "", "", "", "", "",
+                      f"{statistics.fmean(db):.2f} +- {statistics.stdev(db):.2f}", "", f"{ahead:+.2f}"])
+    head = ["", "what", "params, M", "GMACs", "ms", "x base", "validation dB, before", "PSNR dB", "SSIM",
+            "against chosen, dB [95 %]",
+            *(f"{name} ({score['pairs']} pairs)" for name, score in rows[0]["tests"].items())]
+    return markdown(head, [row + [""] * (len(head) - len(row)) for row in table])
+
+
+def control_section(config, control):
+    """Is the search worth it: the controls, how they were made, and what they tell -> Markdown parts."""
+    base, count = control["rows"][0], control["tuned"]
+    tau = f"Kendall's tau {control['tau']:.2f}" if count >= 8 else "too few to say"
+    between = " (95 %: {:+.2f} to {:+.2f})".format(*base["interval_db"]) if base["interval_db"] else ""
+    where = [measured_on(control["measured_on"])] * (base["latency_ms"] is not None)
+    return ["## Is the search worth it?", control_words(control), control_table(control),
+            f"All but base and chosen had the {config.finetune_steps} steps of fine-tuning that candidates "
+            f"have; narrower and from scratch, before that, {config.base_steps} steps as the base had them. "
+            "Narrower: the width whose latency is nearest the chosen net's and not above it. Shallower: "
+            "without the least salient blocks, as few as bring that latency. One option everywhere: the best "
+            "as scored of those predicted to be no slower. Budgeted sum: what promises the least loss at the "
+            f"chosen net's predicted latency, exactly, if losses of single swaps ({control['single_swaps']} "
+            "were scored) add up. Random: of that predicted latency within 3 %.",
+            f"Does the plug-and-play score tell what fine-tuning gives? {count} configurations were scored "
+            f"and fine-tuned: {tau}. On test the base as it was is {base['ahead_db']:+.2f} dB{between} from "
+            "the chosen net; intervals by the bootstrap over images.", *where]
+
+
 def made_section(config, art):
     """Splits, base net, seed, and the versions in the artefacts."""
     made = {}
@@ -1972,7 +2278,7 @@ def samples_picture(pairs, base, chosen, device, side=224):
     return canvas
 
 
-def stage_report(job, base, saliency, profile, distill, search, finetune, evaluate):
+def stage_report(job, base, saliency, profile, distill, search, finetune, evaluate, control=None):
     """Section III: report.md with all tables, pareto.svg, samples.png -> {file name: bytes}."""
     config = job.config
     nets = [blocks.deploy(net) for net in (base_net(base, job.device), chosen_net(finetune, job.device))]
@@ -1982,8 +2288,10 @@ def stage_report(job, base, saliency, profile, distill, search, finetune, evalua
     gmacs = {name: evaluate[name]["gmacs"] for name in ("base", "chosen")}
     art = dict(base=base, saliency=saliency, profile=profile, distill=distill, search=search,
                finetune=finetune, evaluate=evaluate)
+    controls = [control] if control else []       # there after --stage control
     text = "\n\n".join([
-        "# What did I gain", gain_words(evaluate), gain_table(evaluate), pace_words(evaluate),
+        "# What did I gain", " ".join([gain_words(evaluate), *map(control_words, controls)]),
+        gain_table(evaluate), pace_words(evaluate),
         f"{evaluate['test_pairs']} test pairs ({config.data or 'made'}); frame {frame}. "
         f"{evaluate['protocol']} "
         "Test images took no part in training, search or selection.", "![samples](samples.png)",
@@ -1991,6 +2299,7 @@ def stage_report(job, base, saliency, profile, distill, search, finetune, evalua
         *front_section(search, distill["diverged"], config.pick),
         *nets_section(evaluate, finetune, search, profile, config.finetune_steps),
         *test_tables(evaluate["tests"], gmacs, config.frame),
+        *itertools.chain(*(control_section(config, each) for each in controls)),
         *site_section(saliency, profile, search, finetune),
         *sums_section(evaluate["sums"]), *made_section(config, art)]) + "\n"
     picture = front_picture(search, finetune, evaluate["sums"]["drift"])
@@ -2143,8 +2452,12 @@ class Stage(NamedTuple):
     shared: bool = False
 
     @property
-    def needs(self):
+    def reads(self):
         return self.function.__code__.co_varnames[1:self.function.__code__.co_argcount]
+
+    @property
+    def needs(self):
+        return self.reads[:len(self.reads) - len(self.function.__defaults__ or ())]
 
 
 STAGES = {"base": Stage(stage_base, "base.pt", True),
@@ -2154,7 +2467,9 @@ STAGES = {"base": Stage(stage_base, "base.pt", True),
           "search": Stage(stage_search, "search.json", True),
           "finetune": Stage(stage_finetune, "finetuned.pt", True),
           "evaluate": Stage(stage_evaluate, "metrics.json"),
-          "report": Stage(stage_report, "report.md")}
+          "report": Stage(stage_report, "report.md"),
+          "control": Stage(stage_control, "control.json", True)}
+ALL = [name for name in STAGES if name != "control"]     # what --stage all runs, in order
 ADAPT = Stage(stage_adapt, "finetuned.pt", True)         # the form that finetune has with --from
 
 
@@ -2228,7 +2543,16 @@ def discard(path):
 def prepared(config, name, out, device, known, anew):
     """What stage `name` reads, {need: artefact}; None where its own artefact is there and fits."""
     path = out / STAGES[name].file
-    art = {need: current(out, config, need, known, name) for need in stage_of(config, name).needs}
+    stage = stage_of(config, name)
+    art = {need: current(out, config, need, known, name) for need in stage.needs}
+    for extra in stage.reads[len(stage.needs):]:          # shown where it is there and fits
+        file, read = out / STAGES[extra].file, STAGES[extra].needs
+        try:
+            if file.exists():
+                made_from = {need: current(out, config, need, known, name) for need in read}
+                art[extra] = loaded(file, header(config, extra, made_from))
+        except Stale as why:
+            say(f"{name}: {why}, so it is left out")
     if path.exists() and name != "report" and not anew:
         try:
             known[name] = loaded(path, header(config, name, art))
@@ -2238,7 +2562,7 @@ def prepared(config, name, out, device, known, anew):
             return say(f"{name}: {path} matches and is reused")
         except Stale as why:
             say(f"{name}: {why}, so it is made anew")
-    if name == "evaluate":
+    if name in ("evaluate", "control"):
         same_machine(out / "profile.json", art["profile"], config, device)
     return art
 
@@ -2307,6 +2631,11 @@ def conclude(config, last, out, known):
         gmacs = {name: metrics[name]["gmacs"] for name in ("base", "chosen")}
         parts = [gain_table(metrics), gain_words(metrics), pace_words(metrics),
                  *test_tables(metrics["tests"], gmacs, config.frame), wish_list(found)]
+    elif last == "control":
+        control = current(out, config, "control", known, "control")
+        print(f"{control_table(control)}\n\n{control_words(control)}\n\nThe report shows this as well:\n"
+              f"  python hwdeblur.py --stage report --out {out}")
+        return
     elif last == "finetune" and config.from_:
         text = adapted_text(config, current(out, config, "finetune", known, "finetune"))
         write_file(out / "report.md", text.encode())
@@ -2340,9 +2669,9 @@ def run(config, stage, out, device="cpu", force=False):
             first(lambda: asked_hub(config, out, force))
         agreed(lambda: (config.data and [pairs(split) for split in ("train", "test")], named_pairs(config)))
     with held(out):
-        for name in STAGES if stage == "all" else [stage]:
+        for name in ALL if stage == "all" else [stage]:
             begun, each = time.monotonic(), stage_of(config, name)
-            anew = force and name == ("evaluate" if stage == "evaluate" else "profile")
+            anew = force and name == (stage if stage in ("evaluate", "control") else "profile")
             art = agreed(lambda: None if rank() else prepared(config, name, out, device, known, anew))
             if not anywhere(art is not None):
                 continue                                  # it is there and fits
@@ -2376,7 +2705,7 @@ def sides(text):
 def stage_lines():
     """{what --stage takes: what it does, in one line}, in order."""
     return {**{name: stage.function.__doc__.splitlines()[0] for name, stage in STAGES.items()},
-            "all": "These, in order; what is there and fits is reused.",
+            "all": "Those from base to report, in order; what is there and fits is reused.",
             "deblur": "Restore the photograph --input into --output with the net in --out.",
             "export": "Write that net as deblur.pt2, a torch.export program, and its card deblur.json."}
 

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.linalg import LinAlgError, cho_solve, cholesky, solve_triangular
 from scipy.linalg.lapack import dpotri
-from scipy.optimize import minimize
+from scipy.optimize import Bounds, LinearConstraint, brentq, milp, minimize
+from scipy.special import softmax
 from scipy.stats import norm, qmc
 
 INITIAL = 20            # random configurations after the base and the all-fastest one
@@ -470,6 +471,48 @@ def apart(front, ranked, count, gap=0.1):
         if all(abs(cost[i] - cost[j]) >= gap * np.ptp(cost) for j in taken):
             taken.append(i)
     return [*taken, *(i for i in ranked if i not in taken)][:count]
+
+
+# ------------------------------------------------------------- what a search is to be compared with
+
+def budgeted(losses, penalty, limit):
+    """The options (d,) of least total loss whose penalties come to `limit` at most, exactly; None if none.
+
+    losses, penalty: an array (k,) per site; options of infinite penalty do not count. A multiple-choice
+    knapsack, by integer programming: with the loss of every single swap for its losses, the choice of LANA
+    (Molchanov et al. 2022) and Puzzle (Bercovich et al. 2024).
+    """
+    items = [(i, k) for i, options in enumerate(available(penalty)) for k in options.tolist()]
+    one_each = np.arange(len(penalty))[:, None] == [i for i, _ in items]                # (d, items)
+    rules = [LinearConstraint(one_each.astype(float), 1, 1),
+             LinearConstraint([[penalty[i][k] for i, k in items]], -np.inf, limit)]
+    fit = milp([losses[i][k] for i, k in items], integrality=1, bounds=Bounds(0, 1), constraints=rules,
+               options={"mip_rel_gap": 0})
+    return None if fit.x is None else tuple(k for (_, k), taken in zip(items, fit.x) if taken > 0.5)
+
+
+def random_at(penalty, target, count, rng, tolerance=0.03):
+    """At most `count` random configurations, no two alike, of penalty `target` within a share `tolerance`.
+
+    Each is uniform among all such: options are drawn with weights exp(-rate x penalty), at the rate that
+    makes the expected sum the target, and those within the band accepted as it takes to undo the weights.
+    """
+    options, found = available(penalty), {}
+    values = [penalty[i][o] for i, o in enumerate(options)]
+    excess = lambda rate: sum(softmax(-rate * v) @ v for v in values) - target
+    steepest = 30 / max(*map(np.ptp, values), 1e-9)
+    rate = next((end for end in (-steepest, steepest) if excess(end) * end > 0), None)  # beyond the ends
+    rate = brentq(excess, -steepest, steepest) if rate is None else rate
+    edge = target * (1 + math.copysign(tolerance, rate))
+    for _ in range(500):
+        draws = np.stack([rng.choice(o, 2_000, p=softmax(-rate * v)) for o, v in zip(options, values)], 1)
+        sums = sum(p[column] for p, column in zip(penalty, draws.T))
+        taken = rng.random(len(sums)) < np.exp(np.minimum(rate * (sums - edge), 0))
+        taken &= abs(sums - target) <= tolerance * target
+        found.update(dict.fromkeys(map(tuple, draws[taken].tolist())))
+        if len(found) >= count:
+            break
+    return list(found)[:count]
 
 
 # ----------------------------------------------------------------------- the picture of a front

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.integrate import trapezoid
-from scipy.stats import kendalltau, multivariate_normal, norm
+from scipy.stats import chisquare, kendalltau, multivariate_normal, norm
 from torch import nn
 
 import blocks
@@ -363,6 +363,34 @@ class Distillation(unittest.TestCase):
                 self.assertTrue(same(state["model"], before["model"]))
                 for name, moments in state["optimizer"].items():
                     self.assertTrue(same(moments, before["optimizer"][name]))
+
+
+class Comparison(unittest.TestCase):
+    """What a search is to be compared with."""
+
+    def test_the_budgeted_sum_equals_brute_force(self):
+        rng = np.random.default_rng(0)
+        for _ in range(20):
+            penalty, losses = ([rng.random(k) for k in (4, 3, 5, 4)] for _ in range(2))
+            penalty[1][2], limit = math.inf, rng.uniform(0.5, 3)
+            cost = lambda options: search.total_penalty(losses, options)
+            within = [o for o in itertools.product(range(4), range(3), range(5), range(4))
+                      if search.total_penalty(penalty, o) <= limit]
+            self.assertEqual(search.budgeted(losses, penalty, limit), min(within, key=cost, default=None))
+
+    def test_random_configurations_of_a_penalty_are_uniform(self):
+        rng = np.random.default_rng(0)
+        penalty = [np.array([1, 0.7, 0.5, 0.3, math.inf]) + 0.01 * rng.random(5) for _ in range(4)]
+        for target in (1.8, 3.2):
+            band = [o for o in itertools.product(range(4), repeat=4)
+                    if abs(search.total_penalty(penalty, o) - target) <= 0.03 * target]
+            self.assertEqual(sorted(search.random_at(penalty, target, 999, rng)), band)
+            drawn = [search.random_at(penalty, target, 1, rng)[0] for _ in range(20 * len(band))]
+            self.assertGreater(chisquare([drawn.count(o) for o in band]).pvalue, 1e-3)
+        fastest = tuple(int(p.argmin()) for p in penalty)
+        least = search.total_penalty(penalty, fastest)
+        self.assertEqual(search.random_at(penalty, least, 3, rng, 1e-6), [fastest])
+        self.assertEqual(search.random_at(penalty, 9.0, 3, rng), [])
 
 
 class Search(unittest.TestCase):
@@ -1932,6 +1960,82 @@ class Training(unittest.TestCase):
         self.assertEqual({p.dtype for p in hwdeblur.load_weights(path).parameters()}, {torch.float32})
 
 
+class Controls(unittest.TestCase):
+    """What the chosen net is compared with."""
+
+    def test_the_least_salient_block_comes_first(self):
+        scores = {"a": {"enc0.0": 3.0, "enc0.1": -5.0, "mid.0": 1.0},
+                  "b": {"enc0.0": 2.0, "enc0.1": 4.0, "mid.0": 1.5}}
+        self.assertEqual(hwdeblur.least_salient(scores), ["mid.0", "enc0.0", "enc0.1"])
+
+    def test_narrower_and_shallower_are_the_slowest_that_are_no_slower(self):
+        net, order = small_net(), ["mid.0", "enc0.0", "dec1.0"]
+        arch = {**blocks.architecture(net.state_dict()), "window": None}
+        job, ms = mock.Mock(config=hwdeblur.Config(frame=(16, 16))), {
+            "chosen": 5.0, "width 2": 4.0, "width 4": 5.0, "without 0 blocks": 9.0, "without 1 blocks": None,
+            "without 2 blocks": 4.9, "without 3 blocks": 1.0}
+        job.device = "cpu"
+        fit = lambda cost: mock.patch.object(hwdeblur, "time_whole", lambda job, table, nets: (
+            self.assertEqual(set(nets), set(ms)) or dict.fromkeys(nets) | cost, None, None))
+        with fit(ms):
+            self.assertEqual(hwdeblur.as_fast(job, {}, arch, net, net, order), (4, order[:2]))
+        with fit({**ms, "chosen": 0.5}):
+            self.assertEqual(hwdeblur.as_fast(job, {}, arch, net, net, order), (None, None))
+        with fit({}):                             # nothing is measured: GMACs
+            self.assertEqual(hwdeblur.as_fast(job, {}, arch, net, net, order), (4, []))
+            chosen = blocks.assemble(net, {}, {"mid.0": blocks.NO_BLOCK})
+            self.assertEqual(hwdeblur.as_fast(job, {}, arch, net, chosen, order), (2, order[:1]))
+
+    def test_configurations_have_the_latency_of_the_chosen_one(self):
+        penalty = [np.array([0.5, 0.4, 0.2, math.inf])] + [np.array([0.25, 0.2, 0.1, 0.15])] * 2
+        loss, asked = {(i, k): (i + 1) * k / 10 for i in range(3) for k in range(4)}, []
+        score_all = lambda rows: asked.extend(rows) or [sum(map(loss.get, enumerate(o))) for o in rows]
+        found = hwdeblur.configurations(hwdeblur.Config(controls=4), penalty, (1, 2, 2), score_all)
+        self.assertEqual(found["one option everywhere"], (2, 2, 2))           # 1 is too slow, 3 cannot run
+        rows = [o for o in itertools.product(range(4), repeat=3) if search.total_penalty(penalty, o) < 0.6001]
+        self.assertEqual(found["budgeted sum"], min(rows, key=lambda o: score_all([o])))
+        drawn = [o for name, o in found.items() if name.startswith("random") and o]
+        self.assertGreater(len(drawn), 1)
+        self.assertEqual(len(drawn), len(set(drawn)))
+        self.assertNotIn((1, 2, 2), drawn)
+        for options in drawn:
+            self.assertAlmostEqual(search.total_penalty(penalty, options), 0.6, delta=0.018)
+        for i, k in itertools.product(range(3), range(4)):                    # every single swap that can run
+            self.assertEqual((0,) * i + (k,) + (0,) * (2 - i) in asked, (i, k) != (0, 3))
+        found = hwdeblur.configurations(hwdeblur.Config(), penalty, (2, 2, 2), score_all)
+        self.assertIsNone(found["random 1"])      # the fastest one is alone
+
+    def row(self, name, ms, ahead_db, **more):
+        return {"name": name, "missing": "", "choice": {}, "width": None, "latency_ms": ms, "scratch": False,
+                "ahead_db": ahead_db, **more}
+
+    def test_a_control_that_wins_is_named_first(self):
+        rows = [self.row("base", 20, 0.2), self.row("base, more steps", 20, 0.3), self.row("chosen", 10, 0),
+                self.row("narrower", 10.2, -0.1, width=12), self.row("shallower", 11, 0.5)]
+        self.assertEqual(hwdeblur.control_words({"rows": rows}),
+                         "No control as fast as the chosen net (3 % allowed) is better; best: narrower "
+                         "(width 12) -0.10 dB. The base net with as many steps more: +0.30 dB.")
+        rows += [self.row("random 1", 9, 0.02, choice={"a": 3, "b": 0}), {"name": "x", "missing": "none"}]
+        self.assertRegex(hwdeblur.control_words({"rows": rows}),
+                         r"^Controls as fast .* are better: random 1 \(3 0\) \+0.02 dB. The base")
+
+    def test_tau_counts_each_configuration_once_and_no_net_from_scratch(self):
+        rows = [self.row("base", 1, 0, val_before_db=9, val_after_db=0), *(
+            self.row(str(k), 1, 0, choice={"a": k}, val_before_db=k, val_after_db=k * k) for k in range(3)),
+            self.row("narrower", 1, 0, scratch=True, val_before_db=9, val_after_db=0)]
+        candidates = [{"options": (2,), "val_before_db": 2, "val_after_db": 4},
+                      {"options": (3,), "val_before_db": 3, "val_after_db": 0.5}]
+        self.assertEqual(hwdeblur.score_tau(["a"], candidates, rows), (1 / 3, 4))
+
+    def test_the_interval_is_of_the_mean(self):
+        values = np.random.default_rng(0).normal(2, 1, 400)
+        low, high = hwdeblur.interval(values, 0)
+        self.assertAlmostEqual(high - low, 2 * 1.96 * values.std() / 20, delta=0.02)
+        self.assertAlmostEqual((low + high) / 2, values.mean(), delta=0.01)
+        self.assertEqual(hwdeblur.interval(values, 0), [low, high])
+        self.assertIsNone(hwdeblur.interval(values[:1], 0))
+
+
 class Choice(unittest.TestCase):
     """What is scored, how, and which of it is taken."""
 
@@ -2332,7 +2436,7 @@ class Whole(unittest.TestCase):
         self.assertEqual(sorted(found["front"]), np.flatnonzero(search.pareto_mask(Y)).tolist())
         self.assertAlmostEqual(found["evaluations"][0]["loss_db"], 0)
         self.assertAlmostEqual(found["evaluations"][0]["penalty"], 1)
-        self.assertEqual(self.stages(self.said, "written,"), list(hwdeblur.STAGES))
+        self.assertEqual(self.stages(self.said, "written,"), hwdeblur.ALL)
         self.assertRegex(self.said, r"search: .*search.json written, \d+\.\d s\n")
 
     def test_the_report_holds_the_run(self):
@@ -2665,11 +2769,16 @@ class Whole(unittest.TestCase):
 
             with mock.patch.object(Path, "replace", replace_or_stop), contextlib.suppress(SystemExit):
                 self.done("--stage", "all", "--target", "paper", *TINY, out=out)
+                self.done("--stage", "control", "--target", "paper", *TINY, out=out)
                 break
             cuts += 1
         self.assertGreater(cuts, 3)
+        whole = self.copied("whole")
+        self.done("--stage", "control", "--target", "paper", *TINY, out=whole)
+        self.done("--stage", "report", "--target", "paper", *TINY, out=out)
+        self.done("--stage", "report", "--target", "paper", *TINY, out=whole)
         self.assertEqual({path.name: path.read_bytes() for path in out.iterdir()},
-                         {path.name: path.read_bytes() for path in self.out.iterdir()})
+                         {path.name: path.read_bytes() for path in whole.iterdir()})
 
     def test_each_stage_has_its_own_splits_and_seed(self):
         asked, seeds, Job, crops = set(), [], hwdeblur.Job, hwdeblur.crops
@@ -2687,6 +2796,59 @@ class Whole(unittest.TestCase):
                                  ("search", "val"), ("finetune", "train"), ("finetune", "val"),
                                  ("evaluate", "test"), ("report", "test")})
         self.assertEqual(list(dict.fromkeys(seeds)), [0, 1, 2, 4])
+
+    def test_controls_are_trained_alike_and_shown(self):
+        out, trained, train = self.copied("control"), [], blocks.train
+        flags = ["--target", "paper", *TINY, "--controls", 2]
+
+        def watched(net, batch_at, steps, lr, *more, **each):
+            if not each:                          # not the four steps that tell how long it will take
+                trained.append((steps, lr, batch_at(0)[0].sum().item(), more[4:]))
+            return train(net, batch_at, steps, lr, *more, **each)
+
+        with mock.patch.object(blocks, "train", watched):
+            printed, said = self.done("--stage", "control", *flags, out=out)
+        art = json.loads((out / "control.json").read_text())
+        rows = {row["name"]: row for row in art["rows"]}
+        self.assertEqual(list(rows), ["base", "base, more steps", "chosen", "narrower", "shallower",
+                                      "one option everywhere", "budgeted sum", "random 1", "random 2",
+                                      "chosen, from scratch"])
+        self.assertRegex(said, r"control: \d nets to train, 2 of them from scratch, \d+ steps in all")
+        self.assertEqual({row[:2] for row in trained}, {(3, 2e-3), (2, 1e-3)})
+        self.assertEqual(len(set(trained)), 2)    # the same crops, whatever the net
+        self.assertEqual({row[3] for row in trained}, {(0.0, 30.0)})
+        self.assertEqual([row[0] for row in trained].count(3), 2)
+        metrics = json.loads((out / "metrics.json").read_text())
+        tuned = torch.load(out / "finetuned.pt", weights_only=True)
+        for name in ("base", "chosen"):
+            for key in ("psnr_db", "ssim", "params", "gmacs"):
+                self.assertEqual(rows[name][key], metrics[name][key])
+        self.assertEqual(rows["chosen"]["choice"], tuned["choice"])
+        self.assertEqual(rows["chosen, from scratch"]["params"], rows["chosen"]["params"])
+        gap = metrics["base"]["psnr_db"] - metrics["chosen"]["psnr_db"]
+        self.assertAlmostEqual(rows["base"]["ahead_db"], gap, places=6)
+        report = self.done("--stage", "report", *flags, out=out) and (out / "report.md").read_text()
+        self.assertIn(hwdeblur.control_words(art), report.split("\n\n")[1])
+        self.assertIn("## Is the search worth it?", report)
+        for text in (printed, report):
+            for name in rows:
+                self.assertIn(f"| {name} ", text)
+        self.assertNotIn("worth it", (self.out / "report.md").read_text())
+        self.refused("control.json was made with --controls 2", "--stage", "report", *flags[:-1], 1, out=out)
+        _, said = self.done("--stage", "all", "--target", "paper", *TINY, "--evaluations", 25, out=out)
+        self.assertRegex(said, "report: .*control.json was made .*, so it is left out")
+
+    def test_controls_of_weights_that_were_not_trained_here(self):
+        weights, out = self.out.parent / "w.pth", self.out.parent / "controlled"
+        torch.save(torch.load(self.out / "base.pt", weights_only=True)["params"], weights)
+        flags = ["--target", "paper", *TINY, "--weights", weights, "--controls", 0]
+        self.done("--stage", "all", *flags, out=out)
+        for scratch, missing in (([], 2), (["--control-scratch"], 0)):
+            self.done("--stage", "control", *flags, *scratch, out=out)
+            rows = json.loads((out / "control.json").read_text())["rows"]
+            reasons = [row["missing"] for row in rows]
+            self.assertEqual(reasons.count("not trained: --control-scratch"), missing)
+            (out / "control.json").unlink()
 
     def test_the_best_or_the_fastest_is_picked(self):
         out = self.copied("fastest", "base.pt", "saliency.json", "profile.json", "surrogates.pt",
@@ -2767,8 +2929,9 @@ class Whole(unittest.TestCase):
         whole = Path(self.folder.name) / "ranks"
         shared = self.copied("shared", "base.pt", "saliency.json", "profile.json")
         common = ["--target", "paper", *TINY, "--threads", str(torch.get_num_threads()), "--out"]
-        few = "--space all --max-ms 30 --evaluations 7 --candidates 1 --stage all".split()
-        lines = [[*common, str(whole), *few], ["--stage", "distill", *common, str(shared)],
+        few = "--space all --max-ms 30 --evaluations 7 --candidates 1 --controls 1 --stage".split()
+        lines = [[*common, str(whole), *few, "all"], [*common, str(whole), *few, "control"],
+                 ["--stage", "distill", *common, str(shared)],
                  ["--stage", "search", *common, str(shared)],
                  ["--stage", "base", *common, str(shared / "new")]]
         code = f"""if True:
@@ -2776,7 +2939,7 @@ class Whole(unittest.TestCase):
             from test_hwdeblur import hwdeblur
             def fail(*args):
                 raise hwdeblur.InputError('a broken image')
-            for port, line in zip({free_ports(4)}, {lines}):
+            for port, line in zip({free_ports(5)}, {lines}):
                 os.environ['MASTER_PORT'] = str(port)
                 if hwdeblur.rank() == 1 and ('search' in line or 'base' in line):
                     hwdeblur.load_pair = hwdeblur.random_crops = fail
@@ -2785,12 +2948,14 @@ class Whole(unittest.TestCase):
         ranks = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE, text=True, stdout=subprocess.PIPE,
                                   stderr=subprocess.PIPE, env={**env, "RANK": str(r)}) for r in (0, 1)]
         (printed, said), other = (rank.communicate(timeout=120) for rank in ranks)
-        statuses = ["status 0", "status 0", "status 2", "status 2"]
+        statuses = ["status 0", "status 0", "status 0", "status 2", "status 2"]
         self.assertEqual((other[0].splitlines(), other[1]), (statuses, ""))
         self.assertEqual([line for line in printed.splitlines() if "status" in line], statuses, said)
         self.assertEqual(said.count("hwdeblur: a broken image"), 2)
         found = json.loads((whole / "search.json").read_text())
         self.assertEqual((found["proposed"], found["space"], found["options"][-1]), (7, 8 ** 5, "NoBlock"))
+        rows = json.loads((whole / "control.json").read_text())["rows"]
+        self.assertTrue(all(row["missing"] or math.isfinite(row["psnr_db"]) for row in rows), rows)
         self.assertRegex((whole / "report.md").read_text(), "(?s): NoBlock in place of NAFBlock.* 7 NoBlock ")
         tuned = torch.load(whole / "finetuned.pt", weights_only=True)
         removed = [site for site, k in tuned["choice"].items() if k == blocks.NO_BLOCK]
