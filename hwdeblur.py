@@ -180,7 +180,7 @@ class Config:
     test: tuple = knob((), "evaluate adapt control",
                        "a further test set, folder or list; may be given several times")
     controls: int = knob(3, "control", "random configurations among them", 0, 999)
-    control_scratch: bool = knob(False, "control", "train some from scratch even where --weights gave the base")
+    control_scratch: bool = knob(False, "control", "train some from scratch even if --weights gave the base")
 
 
 # The paper preset trains as the authors' NAFNet-width32 for GoPro did: 8 x 4 crops a step, gradients clipped
@@ -1795,7 +1795,7 @@ def score_tau(sites, candidates, rows):
 
 
 def stage_control(job, base, saliency, profile, distill, search, finetune):
-    """After all: is the search worth it? Nets of the chosen net's latency that were made otherwise."""
+    """Is the search worth it? Other nets of the chosen net's latency, trained alike; after all."""
     plan = resumed(job, "control.plan.part", "planned")
     if not plan:
         plan = control_plan(job, base, saliency, profile, distill, search, finetune)
