@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 
 # ------------------------------------------------------------------------------- operators
@@ -97,10 +99,14 @@ class LayerNorm2d(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps = eps
+        self.eps, self.divisor = eps, 1           # see `deploy`
+
+    def extra_repr(self):
+        return f"divisor={self.divisor}" if self.divisor != 1 else ""
 
     def forward(self, x):
-        return layer_norm(x, self.weight, self.bias, self.eps)
+        x = x / self.divisor if self.divisor != 1 else x
+        return layer_norm(x, self.weight, self.bias, self.eps / self.divisor ** 2)
 
 
 class NAFBlock(nn.Module):
@@ -713,12 +719,16 @@ def assemble(net, surrogates, choice):
     return new
 
 
-def deploy(module):
+def deploy(module, divisor=1):
     """A new module for inference: eval mode, RepConv merged, batch norms folded, NoBlock gone; equal to 1e-5.
 
-    NAF blocks have nothing to fold: the deployed base is the base.
+    NAF blocks have nothing to fold: the deployed base is the base. divisor: a power of two by which layer
+    norms divide first, and their eps by its square, which is exactly equal and keeps the sums in them, of
+    squares above all, within the range of float16.
     """
     module = copy.deepcopy(module).eval().requires_grad_(False)
+    for norm in (each for each in module.modules() if isinstance(each, LayerNorm2d)):
+        norm.divisor = divisor
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, RepBranches):
@@ -730,6 +740,44 @@ def deploy(module):
             elif isinstance(child, nn.Sequential) and any(isinstance(m, NoBlock) for m in child):
                 setattr(parent, name, nn.Sequential(*(m for m in child if not isinstance(m, NoBlock))))
     return module.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+class Magnitudes(TorchDispatchMode):
+    """While it is entered, notes the largest |value| of what each operator in each module returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.tracker, self.largest = ModuleTracker(), {}
+
+    def note(self, operator, value):
+        name = f"{max(self.tracker.parents, key=len)}: {operator}"
+        size = value.abs().max().nan_to_num(math.inf).item()
+        self.largest[name] = max(self.largest.get(name, 0.0), size)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs, operator = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if operator == "native_layer_norm":       # x is (B, H, W, C)
+            x = args[0]
+            self.note("sum in layer norm", x.sum(-1))
+            self.note("sum of squares in layer norm", (x - x.mean(-1, keepdim=True)).square().sum(-1))
+        for output in outputs if isinstance(outputs, (tuple, list)) else [outputs]:
+            if torch.is_tensor(output) and output.is_floating_point():
+                self.note(operator, output)
+        return outputs
+
+
+def magnitudes(net, batches):
+    """{"module: operator": largest |value|, inf for NaN} of all intermediates of net(x) for x in batches.
+
+    What is beyond 65504 becomes infinite where a device computes in float16. The sums inside layer norm
+    count as well.
+    """
+    watch = Magnitudes()
+    with torch.no_grad():
+        for x in batches:
+            with watch.tracker, watch:
+                net(x)
+    return watch.largest
 
 
 # -------------------------------------------------------- `python blocks.py`: sizes, and speed

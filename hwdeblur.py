@@ -55,7 +55,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from scipy.ndimage import correlate1d, gaussian_filter
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, kendalltau
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -163,6 +163,12 @@ class Config:
                            "device of AI Hub, for --target qai-hub (III-A)")
     hub_runtime: str = knob("tflite", "profile", f"runtime on it: {', '.join(profile_device.HUB_RUNTIMES)}",
                             choices=profile_device.HUB_RUNTIMES)
+    hub_precision: str = knob("float", "profile", "weights and activations on it, in bits",
+                              choices=profile_device.HUB_PRECISIONS)
+    hub_options: str = knob("", "profile", "further options of its compile and inference jobs")
+    hub_blocks: str = knob("alone", "profile", "blocks are profiled there alone, as in the paper, or inside "
+                           "the net", choices=("alone", "net"))
+    calibration: int = knob(64, "profile", "training images to quantise with, for w8a8 and w8a16", 1, 10 ** 4)
     distill_share: float = knob(0.25, "distill", "share of the training pairs that it sees (II-B)", 1e-6, 1)
     distill_steps: int = knob(100, "distill", "length of it, all at once (II-B)", 0, 10 ** 7, "steps")
     distill_lr: float = knob(4e-3, "distill", "first learning rate, cosine to 0", 1e-12, 1e30)
@@ -1287,8 +1293,43 @@ def stage_saliency(job, base):
 
 def hub(job):
     """Arguments of `profile_device.profile_hub`."""
-    return {"device": job.config.hub_device, "runtime": job.config.hub_runtime, "force": job.anew,
-            "jobs": job.out / "profile_jobs.json"}
+    config = job.config
+    return {"device": config.hub_device, "runtime": config.hub_runtime, "precision": config.hub_precision,
+            "options": config.hub_options, "force": job.anew, "jobs": job.out / "profile_jobs.json"}
+
+
+def at_frame(image, frame):
+    """uint8 (3, H, W) -> float32 (1, 3, *frame) in [0, 1]: its middle, or mirrored beyond its borders."""
+    more = [(0, 0), *((0, max(0, side - have)) for side, have in zip(frame, image.shape[1:]))]
+    image = np.pad(image.numpy(), more, mode="symmetric")
+    top, left = ((have - side) // 2 for side, have in zip(frame, image.shape[1:]))
+    return image[None, :, top:top + frame[0], left:left + frame[1]].astype(np.float32) / 255
+
+
+def calibration(job):
+    """A function () -> blurred training images at the profiled size, to quantise with; read if asked for."""
+    config = job.config
+    return functools.cache(lambda: [at_frame(load_pair(pair)[1], config.frame)
+                                    for pair in spread(job.pairs("train"), config.calibration)])
+
+
+def judged(job, net, count=4):
+    """`profile_device.Data` that runs a few validation images on the device: PSNR in dB there and here.
+
+    On the frame, clamped and rounded to 8 bits; agreement_db: PSNR of the device's output against ours.
+    """
+    pairs = [[at_frame(image, job.config.frame) for image in load_pair(pair)]
+             for pair in spread(job.pairs("val"), count)]
+    sharp, blur = (torch.from_numpy(np.concatenate(images)) for images in zip(*pairs))
+    with torch.inference_mode():
+        here = torch.cat([quantize(net(x.to(job.device)).cpu()) for x in blur.split(1)])
+
+    def judge(outputs):
+        there = quantize(torch.from_numpy(np.concatenate(outputs).astype(np.float32)).reshape(here.shape))
+        return {"pairs": len(pairs), "device_db": psnr(there, sharp).item(),
+                "here_db": psnr(here, sharp).item(), "agreement_db": min(psnr(there, here).item(), 100.0)}
+
+    return profile_device.Data(calibration(job), tuple(x.numpy() for x in blur.split(1)), judge)
 
 
 def stage_profile(job, base, saliency):
@@ -1301,9 +1342,11 @@ def stage_profile(job, base, saliency):
     if config.target == "local":
         say(f"profile: timing {len(options) + 1} options at {len(sites)} sites, inside the whole net ...")
         measure = functools.partial(profile_device.alone, measure)
+    if config.target == "qai-hub":
+        how = {**hub(job), "inside": config.hub_blocks == "net", "calibration": calibration(job)}
+        measure = functools.partial(measure, hub=how)
     try:
-        table = measure(net, surrogates, sites, config.frame, config.target, blocks.deploy, job.device,
-                        hub=hub(job))
+        table = measure(net, surrogates, sites, config.frame, config.target, blocks.deploy, job.device)
     except ValueError as error:
         raise InputError(str(error)) from None
     for line in profile_device.remarks(table):
@@ -1545,26 +1588,96 @@ def random_nets(sites, base, count, rng):
     return {" ".join(map(str, c.values())): (c, blocks.assemble(base, surrogates, c)) for c in choices}
 
 
-def time_whole(job, table, nets):
-    """Latency of whole nets {name: deployed net}, taken together -> ({name: ms or None}, where, repeat_tau).
+def time_nets(entries, device="cpu", rounds=30):
+    """Whole nets {name: (deployed net, shape)} -> ({name: ms}, Kendall's tau of two halves of the rounds).
 
-    On the target of latency table `table`; repeat_tau as `profile_device.time_nets` has it, locally.
+    Each half is measured in a process of its own. What does not repeat itself, no prediction can tell:
+    tau (without the net "base") bounds what the sums can reach.
+    """
+    halves = [profile_device.alone(profile_device.time_together, entries, device, rounds // 2, warmup=1,
+                                   calls=1) for _ in range(2)]
+    pair = [profile_device.settled({name: ms for name, ms in half.items() if name != "base"})
+            for half in halves]
+    repeat_tau = float(kendalltau(*(list(ms.values()) for ms in pair)).statistic)
+    return profile_device.settled({name: halves[0][name] + halves[1][name] for name in entries}), repeat_tau
+
+
+def sums(table, choices, measured, where):
+    """Predicted against measured ms of the nets that were measured, on `where`.
+
+    choices {name: choice}, measured {name: ms or None}. Returns {rows, drift, measured_on, tau: Kendall's,
+    None below three nets, mean_relative_error and error_as_profiled, None without a measurement}. drift: how
+    much slower the base net was than when the table was made; predicted_ms of the rows is the table's sum
+    times it, error_as_profiled the error without it. The base net, right by construction, has a row but no
+    part in tau and errors.
+    """
+    known = {name: measured[name] for name in choices if measured[name] is not None}
+    drift = known["base"] / table["base_ms"] if "base" in known and table["base_ms"] else 1.0
+    rows = [{"net": name, "predicted_ms": drift * profile_device.network_ms(table, choices[name]),
+             "measured_ms": ms} for name, ms in known.items()]
+    pairs = [(row["predicted_ms"], row["measured_ms"]) for row in rows if row["net"] != "base"]
+    error = lambda pace: statistics.fmean(abs(p / pace / m - 1) for p, m in pairs) if pairs else None
+    return {"rows": rows, "drift": drift, "measured_on": where if rows else None,
+            "tau": float(kendalltau(*zip(*pairs)).statistic) if len(pairs) > 2 else None,
+            "mean_relative_error": error(1.0), "error_as_profiled": error(drift)}
+
+
+def time_whole(job, table, nets):
+    """Latency of whole nets {name: deployed net}, taken together -> ({name: ms or None}, where, more).
+
+    On the target of latency table `table`. more: repeat_tau as `time_nets` has it, locally; hub, {name:
+    result of `profile_device.profile_hub`}, for which base and chosen net restore pictures as well.
     """
     config, shape = job.config, (1, 3, *job.config.frame)
     where = {key: table[key] for key in (*WHERE, "frame") if key in table}
     if config.target == "local":
         where.update(profile_device.machine(job.device))
-        say(f"{job.head['stage']}: timing {len(nets)} whole nets ...")
-        measured, repeat_tau = profile_device.time_nets({name: (net, shape) for name, net in nets.items()},
-                                                        job.device)
-        return measured, where, repeat_tau
+        say(f"timing {len(nets)} whole nets ...")
+        measured, repeat_tau = time_nets({name: (net, shape) for name, net in nets.items()}, job.device)
+        return measured, where, {"repeat_tau": repeat_tau}
     if config.target == "paper":
-        return dict.fromkeys(nets), where, None
-    entries = {name: (copy.deepcopy(net).cpu(), shape) for name, net in nets.items()}
+        return dict.fromkeys(nets), where, {"repeat_tau": None}
+    entries = {name: (copy.deepcopy(net).cpu(), shape, judged(job, net) if name in ("base", "chosen") else
+                      profile_device.Data(calibration(job))) for name, net in nets.items()}
     found = profile_device.profile_hub(entries, **hub(job))
     for line in profile_device.remarks({"modules": found}):
         say(line)
-    return {name: result["ms"] for name, result in found.items()}, where, None
+    return {name: result["ms"] for name, result in found.items()}, where, {"repeat_tau": None, "hub": found}
+
+
+FLOAT16 = 65504                                   # what is larger is infinite there
+
+
+def within_float16(net, pairs, device):
+    """(the deployed net, [what a device that computes in float16 cannot hold, in words]), by running it here.
+
+    Where a sum in a layer norm is too large, all of them divide first, which changes no result.
+    """
+    images = [as_batch([load_pair(pair)[1]], device) for pair in pairs]
+    beyond = lambda net: {name: size for name, size in blocks.magnitudes(net, images).items()
+                          if size > FLOAT16}
+    deployed, lines = blocks.deploy(net), []
+    large = beyond(deployed)
+    norms = {name: size for name, size in large.items() if "in layer norm" in name and math.isfinite(size)}
+    if norms:
+        ratios = [(size / FLOAT16) ** (0.5 if "squares" in name else 1) for name, size in norms.items()]
+        divisor = 2 ** math.ceil(math.log2(max(ratios)))
+        deployed, name = blocks.deploy(net, divisor), max(norms, key=norms.get)
+        lines = [f"layer norms divide by {divisor} first: {name}, would reach {norms[name]:.3g} in float16"]
+        large = beyond(deployed)
+    return deployed, lines + [f"{name}, reaches {size:.3g}, and float16 ends at {FLOAT16}: expect NaN on a "
+                              "device that computes in it" for name, size in large.items()]
+
+
+def deployed_nets(job, nets):
+    """({name: deployed net}, {name: [remarks on float16]}); remarks where a phone is to run them."""
+    if job.config.target != "qai-hub":
+        return {name: blocks.deploy(net) for name, net in nets.items()}, {name: [] for name in nets}
+    found = {name: within_float16(net, job.pairs("val"), job.device) for name, net in nets.items()}
+    for name, (_, lines) in found.items():
+        for line in lines:
+            say(f"{name}: {line}")
+    return tuple({name: pair[i] for name, pair in found.items()} for i in (0, 1))
 
 
 def measure_nets(job, table, nets, choices, count=30):
@@ -1579,8 +1692,8 @@ def measure_nets(job, table, nets, choices, count=30):
         more = random_nets(table["sites"], nets["base"], count, rng)
     choices = {**choices, **{name: choice for name, (choice, _) in more.items()}}
     nets = {**nets, **{name: net for name, (_, net) in more.items()}}
-    measured, where, repeat_tau = time_whole(job, table, nets)
-    return measured, {**profile_device.sums(table, choices, measured, where), "repeat_tau": repeat_tau}
+    measured, where, more = time_whole(job, table, nets)
+    return measured, {**sums(table, choices, measured, where), **more}
 
 
 def sizes(net, frame):
@@ -1593,8 +1706,8 @@ def sizes(net, frame):
 def stage_evaluate(job, base, profile, finetune):
     """Section III: blurred input, base and chosen net on test pairs; sizes; whole-net latency."""
     config, sets, window = job.config, named_pairs(job.config), base["arch"]["window"]
-    nets = {"base": blocks.deploy(base_net(base, job.device)),
-            "chosen": blocks.deploy(chosen_net(finetune, job.device))}
+    nets = {"base": base_net(base, job.device), "chosen": chosen_net(finetune, job.device)}
+    nets, notes = deployed_nets(job, nets)
     choices, reach = {"base": {}, "chosen": finetune["choice"]}, {}
     if window:                                    # what the local window costs is told
         reach = {"global attention": copy.deepcopy(nets["base"])}
@@ -1602,7 +1715,8 @@ def stage_evaluate(job, base, profile, finetune):
     measured, sums = measure_nets(job, profile, {**nets, **reach}, choices)
     own = score_nets(nets, job.pairs("test"), job.device, "test")
     rows = {name: {**own[name], **sizes(net, config.frame), "latency_ms": measured[name],
-                   "predicted_ms": sums["drift"] * profile_device.network_ms(profile, choices[name])}
+                   "predicted_ms": sums["drift"] * profile_device.network_ms(profile, choices[name]),
+                   "float16": notes[name]}
             for name, net in nets.items()}
     tests = {name: score_nets(nets, test, job.device, name) for name, test in sets.items()}
     return {"test_pairs": own["pairs"], "blurred": own["blurred"], **rows, "tests": tests, "sums": sums,
@@ -1791,7 +1905,7 @@ def score_tau(sites, candidates, rows):
     tuned.update((swaps_of(row["choice"]), row) for row in rows
                  if not (row["missing"] or row["scratch"] or row["name"] == "base"))
     pairs = [(row["val_before_db"], row["val_after_db"]) for row in tuned.values()]
-    return profile_device.kendall_tau(*zip(*pairs)), len(pairs)
+    return float(kendalltau(*zip(*pairs)).statistic), len(pairs)
 
 
 def stage_control(job, base, saliency, profile, distill, search, finetune):
@@ -1814,7 +1928,8 @@ def stage_control(job, base, saliency, profile, distill, search, finetune):
 
 # --------------------------------------------------------------------------------------- the report
 
-WHERE = ("device", "runtime", "precision", "threads", "statistic", "date")      # what latency was taken on
+# What latency was taken on.
+WHERE = ("device", "runtime", "precision", "hub options", "threads", "statistic", "date")
 
 # The paper's tables as printed. Table 1: fisher in 1e-6, plain in 1e-3, enc2's plain printed "2.24e"; the
 # mean ranks are ours. Tables 4 and 5: PSNR in dB/SSIM, GMACs (65 is NAFNet at 512x512).
@@ -1965,6 +2080,34 @@ def measured_on(table):
     return "\n".join([f"Latency from: {where}.", *(f"- {line}." for line in profile_device.remarks(table))])
 
 
+def hub_table(found):
+    """What was profiled on AI Hub, {name: result}, as Markdown; none -> no part."""
+    def cells(name, result):
+        units = [layer["compute_unit"] for layer in result["layers"]]
+        return [" ".join([name, *result.get("sites", [])]), "fails" if result["ms"] is None else
+                f"{result['ms']:.3g}", "" if result["peak_mb"] is None else f"{result['peak_mb']:.0f}",
+                " ".join(f"{units.count(unit)} {unit}" for unit in sorted(set(units))), result["version"],
+                result["url"]]
+
+    return [markdown(["on AI Hub", "ms", "peak MB", "layers", "version", "job"],
+                     [cells(*item) for item in found.items()])] * bool(found)
+
+
+def device_section(evaluate):
+    """What the phone did with the whole nets, and with pictures -> Markdown parts, none for other targets."""
+    found = evaluate["sums"].get("hub", {})
+    pictures = {name: found[name]["pictures"] for name in ("base", "chosen")
+                if found.get(name, {}).get("pictures")}
+    rows = [[name, str(p["pairs"]), *(f"{p[key]:.2f}" for key in ("device_db", "here_db", "agreement_db"))]
+            for name, p in pictures.items()]
+    lines = [f"- {name}: the device's pictures have {p['agreement_db']:.1f} dB against ours, which is less "
+             "than 40: it computes another net." for name, p in pictures.items() if p["agreement_db"] < 40]
+    lines += [f"- {name}: {line}." for name in ("base", "chosen") for line in evaluate[name]["float16"]]
+    head = ["validation pictures", "count", "PSNR there, dB", "PSNR here, dB", "there against here, dB"]
+    return ["## On the device", *hub_table(found), *[markdown(head, rows)] * bool(rows),
+            *["\n".join(lines)] * bool(lines)] if found else []
+
+
 def latency_section(table):
     """Table 2: milliseconds of every option at every site, then the published row."""
     names, sites = table["options"], table["sites"]
@@ -1978,7 +2121,7 @@ def latency_section(table):
             f"{names[best]} is the fastest option at {fastest.count(best)} of {len(sites)} sites. "
             + measured_on(table),
             markdown(["site", *(f"{i} {n}" for i, n in enumerate(names))],
-                     [*rows, ["published, every site", *published]])]
+                     [*rows, ["published, every site", *published]]), *hub_table(table.get("modules", {}))]
 
 
 def wish_words(config):
@@ -2050,6 +2193,10 @@ def nets_section(evaluate, finetune, found, profile, steps):
         rest = f"times {profile['scale']:.2f}, since together they take longer alone than the whole net"
     head = ["", "options", "params, M", "MB", "ms", "PSNR dB", "SSIM", "predicted ms", "validation dB",
             "fine-tuned"]
+    if "hub" in evaluate["sums"]:
+        head, peak = [*head, "peak MB"], {0: "base", 1 + picked: "chosen"}
+        used = {n: evaluate["sums"]["hub"][name]["peak_mb"] for n, name in peak.items()}
+        rows = [[*cells, f"{used[n]:.0f}" if used.get(n) else ""] for n, cells in enumerate(rows)]
     return ["## Table 3: base, candidates and chosen net",
             f"{steps} steps of fine-tuning change the candidates by {min(gains):+.2f} to "
             f"{max(gains):+.2f} dB on validation.", markdown(head, rows), PAPER_TABLE_3,
@@ -2301,7 +2448,7 @@ def stage_report(job, base, saliency, profile, distill, search, finetune, evalua
         *test_tables(evaluate["tests"], gmacs, config.frame),
         *itertools.chain(*(control_section(config, each) for each in controls)),
         *site_section(saliency, profile, search, finetune),
-        *sums_section(evaluate["sums"]), *made_section(config, art)]) + "\n"
+        *sums_section(evaluate["sums"]), *device_section(evaluate), *made_section(config, art)]) + "\n"
     picture = front_picture(search, finetune, evaluate["sums"]["drift"])
     return {"pareto.svg": picture.encode(), "samples.png": stream.getvalue(), "report.md": text.encode()}
 
@@ -2423,6 +2570,16 @@ def measured_card(out, tuned, frame):
     return card
 
 
+def checked_for_float16(tuned):
+    """`within_float16` of the net of artefact `tuned` on its validation pairs, where those are there."""
+    kept = {f.name: f.default for f in dataclasses.fields(Config)} | tuned["config"]
+    config = Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()})
+    try:
+        return within_float16(chosen_net(tuned), split_pairs(config, "val"), "cpu")
+    except InputError as error:
+        return blocks.deploy(chosen_net(tuned)), [f"not checked for float16, as {error}"]
+
+
 def run_export(out, frame=None):
     """Write the net made in `out` as deblur.pt2, a torch.export program for one frame size, and its card.
 
@@ -2430,12 +2587,15 @@ def run_export(out, frame=None):
     """
     tuned = tuned_in(out, "export")
     height, width = frame or tuned["config"].get("frame")
-    program = profile_device.exported(blocks.deploy(chosen_net(tuned)), (1, 3, height, width))
+    net, lines = checked_for_float16(tuned)
+    for line in lines:
+        say(f"export: {line}")
+    program = profile_device.exported(net, (1, 3, height, width))
     stream = io.BytesIO()
     torch.export.save(program, stream)
     card = {"input": program.graph_signature.user_inputs[0], "shape": [1, 3, height, width], "layout": "NCHW",
             "dtype": "float32", "range": [0, 1], "channel_order": "RGB",
-            "output": "as the input; clamp it to [0, 1]",
+            "output": "as the input; clamp it to [0, 1]", "float16": lines,
             "arch": tuned["arch"], "choice": tuned["choice"], **measured_card(out, tuned, [height, width]),
             "licence": "MIT", "seed": tuned["seed"], "versions": {"torch": str(torch.__version__)}}
     write_file(out / "deblur.pt2", stream.getvalue())
@@ -2483,8 +2643,8 @@ def relevant(config, name):
     keys = {"adapt", "data"} if stage is ADAPT else {"base", "data"} if name == "base" else {name}
     found = {key: value for need in stage.needs for key, value in relevant(config, need).items()}
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if keys & set(field.metadata["stages"]) and (config.target == "qai-hub" or "hub" not in field.name):
+        value, hub_only = getattr(config, field.name), "hub" in field.name or field.name == "calibration"
+        if keys & set(field.metadata["stages"]) and (config.target == "qai-hub" or not hub_only):
             found[field.name] = list(value) if isinstance(value, tuple) else value
     return found
 

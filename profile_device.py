@@ -9,10 +9,13 @@ Batch 1; pass `deploy` so that latency is that of deployed modules. torch only (
 asked for): this file can be copied by itself.
 """
 import argparse
+import contextlib
 import copy
 import datetime
 import difflib
+import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -37,6 +40,9 @@ PAPER_BLOCK_MS = (53.0, 15.0, 13.0, 19.0, 11.0, 9.0, 28.0)
 PAPER_BASE_MS = 177.0
 HUB_DEVICE = "Samsung Galaxy S24 Ultra"
 HUB_RUNTIMES = ("tflite", "qnn_dlc", "qnn_context_binary", "onnx")
+HUB_PRECISIONS = ("float", "w8a8", "w8a16")                            # weights, activations, in bits
+NOTHING = {"ms": None, "reason": None, "url": None, "date": None, "layers": [],
+           "peak_mb": None, "version": "", "pictures": None}           # the result of a job that failed
 
 
 class HubError(Exception):
@@ -177,20 +183,16 @@ def alone(call, *args, **kwargs):
 
 # --------------------------------------------------------------------------- blocks inside their net
 
-def input_shapes(net, sites, shape):
-    """{site: shape of what goes into its block} for a net input of `shape`, by one forward pass."""
-    shapes, handles = {}, []
-    for site in sites:
-        def record(module, inputs, site=site):
-            shapes[site] = tuple(inputs[0].shape)
-        handles.append(net.blocks()[site].register_forward_pre_hook(record))
-    try:
-        with torch.inference_mode():
-            net(torch.zeros(shape, device=next(net.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return shapes
+def inputs_of(net, sites, images):
+    """{site: [what goes into its block for each image (1, 3, H, W), an array]}, by forward passes."""
+    seen = {site: [] for site in sites}
+    with contextlib.ExitStack() as hooks, torch.inference_mode():
+        for site in sites:
+            note = lambda module, inputs, site=site: seen[site].append(inputs[0].cpu().contiguous().numpy())
+            hooks.callback(net.blocks()[site].register_forward_pre_hook(note).remove)
+        for image in images:
+            net(torch.as_tensor(image, device=next(net.parameters()).device))
+    return seen
 
 
 def distinct_modules(net, blocks, frame, deploy, device):
@@ -199,7 +201,8 @@ def distinct_modules(net, blocks, frame, deploy, device):
     Key: (block type, input shape), so that equal blocks are measured once; the whole net is "net", last.
     """
     net = deploy(net).to(device)
-    shapes = input_shapes(net, list(blocks), (1, 3, *frame))
+    met = inputs_of(net, list(blocks), [torch.zeros(1, 3, *frame)])
+    shapes = {site: x.shape for site, (x,) in met.items()}
     keys = {site: [(type(block).__name__, shapes[site]) for block in row] for site, row in blocks.items()}
     entries = {}
     for site, row in blocks.items():
@@ -279,6 +282,13 @@ def local_timing(net, blocks, frame, deploy, device, rounds):
 
 # ----------------------------------------------------------------------------- Qualcomm AI Hub: jobs
 
+class Data(NamedTuple):
+    """What may go to the hub with a module; arrays are float32 of its input's shape."""
+    calibration: object = None    # () -> [array, ...] to quantise with
+    inputs: tuple = ()            # what it is run on; none: random numbers
+    judge: object = None          # [output of each input] -> a plain dict, noted with the result
+
+
 def title(module, shape):
     """Type and input of a module, say NAFBlock 32x256x256."""
     return f"{getattr(module, 'name', type(module).__name__)} {'x'.join(map(str, shape[1:]))}"
@@ -332,10 +342,12 @@ class Session(NamedTuple):
     client: object
     device: str
     runtime: str
+    precision: str
+    options: str
     path: object          # JSON file of the notes; None: keep none
-    notes: dict           # {job key: {name, compile and profile ids, then ms, reason, url, layers, date}}
+    notes: dict           # {job key: {name, an id per kind of job, then what `profile_hub` returns}}
     keys: tuple           # those of this run
-    running: dict         # {job key: [compile job, profile job]}
+    running: dict         # {job key: ([job, ...] in order, Data)}
 
 
 def save_notes(session):
@@ -365,33 +377,45 @@ def show(session):
     print(f"{line:<79}" if live else line, end=end, file=sys.stderr, flush=True)
 
 
-def look(note, jobs):
+def measured(job, data):
+    """What a finished inference job gives: time, memory, layers; of its outputs what `data.judge` says."""
+    profile = ask(job.download_profile)
+    peak = profile.get("execution_summary", {}).get("estimated_inference_peak_memory") or -1
+    pictures = None
+    if data.inputs:
+        outputs = ask(job.download_output_data)
+        if not outputs:
+            raise ValueError("the job returned no outputs")
+        pictures = data.judge(next(iter(outputs.values())))
+    return {"ms": parse_profile(profile), "layers": profile.get("execution_detail", []), "pictures": pictures,
+            "peak_mb": peak / 1e6 if peak > 0 else None, "version": getattr(job, "hub_version", "")}
+
+
+def look(note, jobs, data):
     """Note what has come of one module's jobs; True when there is nothing more to wait for.
 
-    A failed job raises nothing in this client: both are asked, and a profile must hold a time.
+    A failed job raises nothing in this client: all are asked, and a profile must hold a time.
     """
-    ended = {"ms": None, "date": datetime.date.today().isoformat(), "layers": []}
+    note_end = functools.partial(note.update, {**NOTHING, "date": datetime.date.today().isoformat()})
     for job in jobs:
         status = ask(job.get_status)
         if status.failure:
-            note.update(ended, reason=" ".join((status.message or "no reason given").split()), url=job.url)
+            note_end(reason=" ".join((status.message or "no reason given").split()), url=job.url)
         if not status.success:
             return status.failure
-        note["compiled"] = True
-    profile = ask(jobs[-1].download_profile)
+        note["compiled"] = job is not jobs[-1]
     try:
-        note.update(ended, ms=parse_profile(profile), reason=None, url=jobs[-1].url,
-                    layers=profile.get("execution_detail", []))
+        note_end(**measured(jobs[-1], data), reason=None, url=jobs[-1].url)
     except ValueError as error:
-        note.update(ended, reason=str(error), url=jobs[-1].url)
+        note_end(reason=str(error), url=jobs[-1].url)
     return True
 
 
 def look_all(session):
     """Note what has come of the jobs in flight; returns how many modules are still waited for."""
     before = len(session.running)
-    for key, jobs in list(session.running.items()):
-        if look(session.notes[key], jobs):
+    for key, (jobs, data) in list(session.running.items()):
+        if look(session.notes[key], jobs, data):
             del session.running[key]
     if len(session.running) < before:
         save_notes(session)
@@ -399,14 +423,14 @@ def look_all(session):
     return len(session.running)
 
 
-def insist(session, submission, *args, **kwargs):
-    """submission(...); refused for the number of jobs (429), again as long as some of ours are running.
+def insist(session, submission):
+    """submission(); refused for the number of jobs (429), again as long as some of ours are running.
 
     The client itself tries a refused submission seven times, some 15 s in all.
     """
     while True:
         try:
-            return ask(submission, *args, **kwargs)
+            return ask(submission)
         except HubFull:
             if not look_all(session):
                 raise
@@ -429,34 +453,51 @@ def upload(client, module, shape, name):
         return ask(client.upload_model, path, name)
 
 
-def submit(session, key, module, shape):
-    """Submit what the notes lack -> [compile job, profile job]; an id is noted the moment it exists."""
+def kinds_of_job(precision):
+    """{kind: the client's type}, in order. What is quantised is made ONNX first, by the hub."""
+    from qai_hub import JobType
+    quantised = {} if precision == "float" else {"onnx": JobType.COMPILE, "quantize": JobType.QUANTIZE}
+    return {**quantised, "compile": JobType.COMPILE, "profile": JobType.INFERENCE}
+
+
+def submission(session, kind, source, name, shape, data):
+    """The client's call that submits a job of this kind; source: a model, uploaded or from the job before."""
     import qai_hub
     client, target = session.client, qai_hub.Device(session.device)
-    note = session.notes.setdefault(key, {})
+    if kind == "quantize":
+        width = {"w8a8": qai_hub.QuantizeDtype.INT8, "w8a16": qai_hub.QuantizeDtype.INT16}[session.precision]
+        return functools.partial(client.submit_quantize_job, source, {"x": data.calibration()},
+                                 qai_hub.QuantizeDtype.INT8, width, name=name)
+    if kind == "profile":
+        return functools.partial(client.submit_inference_job, source, target, name=name, retry=False,
+                                 inputs={"x": list(data.inputs)} if data.inputs else None, profile=True,
+                                 options=session.options)
+    options = "--target_runtime onnx" if kind == "onnx" else \
+              f"--target_runtime {session.runtime} {session.options}".strip()
+    return functools.partial(client.submit_compile_job, source, target, name=name, input_specs={"x": shape},
+                             options=options)
+
+
+def submit(session, key, module, shape, data):
+    """Submit what the notes lack -> [job of each kind]; an id is noted the moment it exists."""
+    note, jobs = session.notes.setdefault(key, {}), []
     if "name" not in note:
         note["name"] = f"{title(module, shape)} {uuid.uuid4().hex[:12]}"
         save_notes(session)
-    if "compile" in note:
-        compiled = ask(client.get_job, note["compile"])
-    else:
-        model = upload(client, module, shape, note["name"])
-        compiled = insist(session, client.submit_compile_job, model, target, name=note["name"],
-                          input_specs={"x": shape}, options=f"--target_runtime {session.runtime}")
-        note["compile"] = compiled.job_id
-        save_notes(session)
-    if "profile" in note:
-        return [compiled, ask(client.get_job, note["profile"])]
     try:
-        profiled = insist(session, client.submit_inference_job, compiled.get_target_model(), target,
-                          name=note["name"], retry=False, profile=True)
+        for kind in kinds_of_job(session.precision):
+            if kind in note:
+                jobs.append(ask(session.client.get_job, note[kind]))
+                continue
+            name = f"{note['name']} {kind}"       # apart, since two of a module's jobs may be of one type
+            source = jobs[-1].get_target_model() if jobs else upload(session.client, module, shape, name)
+            jobs.append(insist(session, submission(session, kind, source, name, shape, data)))
+            note[kind] = jobs[-1].job_id
+            save_notes(session)
     except HubError:
-        if ask(compiled.get_status).failure:
-            return [compiled]
-        raise
-    note["profile"] = profiled.job_id
-    save_notes(session)
-    return [compiled, profiled]
+        if not any(ask(job.get_status).failure for job in jobs):
+            raise
+    return jobs
 
 
 def recent_jobs(client, job_type):
@@ -470,10 +511,9 @@ def recent_jobs(client, job_type):
 
 def find_lost(session):
     """Note the ids of jobs whose creation was cut off before the answer came; jobs have unique names."""
-    import qai_hub
     begun = [session.notes[key] for key in session.keys if key in session.notes]
-    for kind, job_type in (("compile", qai_hub.JobType.COMPILE), ("profile", qai_hub.JobType.INFERENCE)):
-        lost = {note["name"]: note for note in begun if kind not in note}
+    for kind, job_type in kinds_of_job(session.precision).items():
+        lost = {f"{note['name']} {kind}": note for note in begun if kind not in note}
         for summary in ask(recent_jobs, session.client, job_type) if lost else ():
             if summary.name in lost:
                 lost[summary.name][kind] = summary.job_id
@@ -494,39 +534,49 @@ def hub_client(device):
     return client
 
 
-def job_key(module, shape, device, runtime):
-    """What a measured time belongs to; weights do not matter, so a module is told by its printed form."""
-    kind = hashlib.sha256(repr(module).encode()).hexdigest()[:12]
-    return f"{title(module, shape)} {kind}, {device}, {runtime}"
+def job_key(module, shape, *how, data=Data()):
+    """What a result belongs to: the module's printed form, since no time depends on weights, and how it ran.
+
+    Where outputs are judged, weights and inputs count as well.
+    """
+    kind = hashlib.sha256(repr(module).encode())
+    for array in (*data.inputs, *(module.state_dict().values() if data.inputs else ())):
+        kind.update(torch.as_tensor(array).cpu().contiguous().numpy().tobytes())
+    return ", ".join(filter(None, [f"{title(module, shape)} {kind.hexdigest()[:12]}", *how]))
 
 
-def profile_hub(entries, device=HUB_DEVICE, runtime="tflite", jobs=None, force=False):
+def profile_hub(entries, device=HUB_DEVICE, runtime="tflite", jobs=None, force=False, precision="float",
+                options=""):
     """Profile modules on a device of AI Hub, all jobs in flight together.
 
-    entries {name: (module in eval mode, input shape)} -> {name: {ms (None if a job failed), reason, url,
-    date, layers, each with its compute_unit}}. jobs: a JSON file that notes every job the moment it exists,
-    so that a run that was cut off collects what it had submitted; force: submit anew all the same. The client
-    finds its token by itself (~/.qai_hub/client.ini, or the file that QAIHUB_CLIENT_INI names). HubError.
+    entries {name: (module in eval mode, input shape[, Data])} -> {name: {ms (None if a job failed), reason,
+    url, date, layers, each with its compute_unit, peak_mb, version, pictures: what Data.judge said}}.
+    precision: "float", or "w8a8" or "w8a16", which Data.calibration is for; options: for compile and
+    inference jobs. jobs: a JSON file that notes every job the moment it exists, so that a run that was cut
+    off collects what it had submitted; force: submit anew all the same. The client finds its token by itself
+    (~/.qai_hub/client.ini, or the file that QAIHUB_CLIENT_INI names). HubError.
     """
-    names = {name: job_key(*entry, device, runtime) for name, entry in entries.items()}
+    entries = {name: (*entry, Data())[:3] for name, entry in entries.items()}
+    how = (device, runtime, precision.replace("float", ""), options)
+    names = {name: job_key(*entry[:2], *how, data=entry[2]) for name, entry in entries.items()}
     notes = read_notes(jobs)
     todo = {names[name]: entry for name, entry in entries.items()
             if force or "ms" not in notes.get(names[name], {})}
     if todo:
-        session = Session(hub_client(device), device, runtime, jobs, notes, tuple(todo), {})
+        client = hub_client(device)
+        session = Session(client, device, runtime, precision, options, jobs, notes, tuple(todo), {})
         find_lost(session)
         for key, entry in todo.items():
             if force:
                 notes.pop(key, None)
-            session.running[key] = submit(session, key, *entry)
+            session.running[key] = submit(session, key, *entry), entry[2]
             if sys.stderr.isatty() or len(session.running) == 1:
                 show(session)                     # a log is told of the first one, and of each that ends
         pause = 0.5
         while look_all(session):
             time.sleep(pause)
             pause = min(10, 2 * pause)
-    return {name: {k: notes[key][k] for k in ("ms", "reason", "url", "date", "layers")}
-            for name, key in names.items()}
+    return {name: {k: notes[key].get(k, v) for k, v in NOTHING.items()} for name, key in names.items()}
 
 
 # ------------------------------------------------------------------------------------ latency tables
@@ -551,32 +601,92 @@ def remarks(table):
 
 
 def without_zeros(module):
-    """Fill, in place, parameters that are zero throughout: a compiler may drop a branch scaled by zero."""
+    """The module, in place, its all-zero parameters filled: a compiler may drop a branch scaled by zero."""
     for p in module.parameters():
         if not p.any():
             p.data.fill_(0.1)
+    return module
 
 
-def hub_timing(net, blocks, frame, deploy, device=HUB_DEVICE, runtime="tflite", **rest):
-    """Table entries from a device of AI Hub; raises HubError where it cannot run an original block.
+def hub_alone(net, blocks, frame, deploy, calibration, **how):
+    """Every distinct block by itself -> (sites, `whole_net`, {what was profiled: result}) of a latency table.
 
-    Where it runs those but not the whole base net, base_ms is None and the rest of the net counts as 0.
+    HubError where an original block does not run. Where those run but not the whole base net, base_ms is None
+    and the rest of the net counts as 0.
     """
     keys, entries = distinct_modules(net, blocks, frame, deploy, "cpu")
-    for name in entries.keys() - {"net"}:
-        without_zeros(entries[name][0])
-    found = profile_hub(entries, device, runtime, **rest)
+    where = {key: [site for site, row in keys.items() if key in row] for key in entries}
+    for key in entries.keys() - {"net"}:          # calibrated with what goes into the block in the net
+        met = functools.partial(lambda site: inputs_of(net, [site], calibration())[site], where[key][0])
+        entries[key] = (without_zeros(entries[key][0]), entries[key][1], Data(met))
+    found = profile_hub({**entries, "net": (*entries["net"], Data(calibration))}, **how)
     for site, row in keys.items():
         if found[row[0]]["ms"] is None:
-            raise HubError(f"the original block at {site} does not run on {device} with {runtime}: "
-                           f"{failure(found[row[0]])}; give another --hub-runtime or --hub-device")
+            raise HubError(f"the original block at {site} does not run on {how['device']} with "
+                           f"{how['runtime']}: {failure(found[row[0]])}; give another --hub-runtime or "
+                           "--hub-device")
     sites = {site: [found[key]["ms"] for key in row] for site, row in keys.items()}
-    where = {key: [site for site, row in keys.items() if key in row] for key in entries}
-    return {"device": device, "runtime": runtime, "precision": "float32 as uploaded",
-            "date": max(result["date"] for result in found.values()), "sites": sites,
-            **whole_net(found["net"]["ms"], sites),
+    return sites, whole_net(found["net"]["ms"], sites), {
+        title(*entries[key][:2]): {**found[key], "sites": where[key]} for key in entries}
+
+
+def printed(module):
+    """A module in nested lists: equal ones have equal parts and methods, whatever class inherits them."""
+    names = {f.__qualname__ for name, f in inspect.getmembers(type(module), inspect.isfunction)
+             if name != "__init__" and f is not getattr(nn.Module, name, None)}
+    parameters = [(name, *p.shape) for name, p in module.named_parameters(recurse=False)]
+    return [sorted(names), module.extra_repr(), parameters,
+            [(name, printed(child)) for name, child in module.named_children()]]
+
+
+def swapped(net, site, block):
+    """The net with this block at `site`; all other parameters are shared with `net`."""
+    net = copy.deepcopy(net, {id(p): p for p in net.parameters()})
+    (parent, name), = block_places(net, [site])
+    setattr(parent, name, block)
+    return net
+
+
+def hub_inside(net, blocks, frame, deploy, calibration, **how):
+    """The base net, and for every site and option the base net with that swap: as `hub_alone`.
+
+    An option takes what the original does, which is as much as its best swap saves and at least an equal
+    share of the net, and what the swap changes. So base and single swaps are predicted exactly.
+    """
+    base, one_of = deploy(net), {}
+    nets = {(site, k): swapped(base, site, without_zeros(deploy(block))) if k else base
+            for site, row in blocks.items() for k, block in enumerate(row)}
+    same = {key: one_of.setdefault(str(printed(one)), key) for key, one in nets.items()}
+    found = profile_hub({key: (nets[key], (1, 3, *frame), Data(calibration)) for key in one_of.values()},
+                        **how)
+    whole, sites = found[next(iter(nets))], {}
+    base_ms = whole["ms"]
+    if base_ms is None:
+        raise HubError(f"the base net does not run on {how['device']} with {how['runtime']}: "
+                       f"{failure(whole)}; give another --hub-runtime or --hub-device")
+    for site, row in blocks.items():
+        ms = [found[same[site, k]]["ms"] for k in range(len(row))]
+        own = max(base_ms / len(blocks), base_ms - min(value for value in ms if value is not None))
+        sites[site] = [None if value is None else own + value - base_ms for value in ms]
+    rest_ms = base_ms - sum(row[0] for row in sites.values())
+    names = {key: f"{type(blocks[key[0]][key[1]]).__name__} at {key[0]}" if key[1] else "base net"
+             for key in one_of.values()}
+    return sites, {"base_ms": base_ms, "rest_ms": rest_ms, "scale": 1.0}, {
+        names[key]: {**found[key], "sites": [site for site, k in same if k and same[site, k] == key]}
+        for key in one_of.values()}
+
+
+def hub_timing(net, blocks, frame, deploy, inside=False, calibration=None, device=HUB_DEVICE,
+               runtime="tflite", precision="float", options="", **rest):
+    """Table entries from a device of AI Hub, of blocks by themselves or inside the whole net."""
+    timing = hub_inside if inside else hub_alone
+    sites, whole, modules = timing(net, blocks, frame, deploy, calibration, device=device, runtime=runtime,
+                                   precision=precision, options=options, **rest)
+    return {"device": device, "runtime": runtime, **({"hub options": options} if options else {}),
+            "precision": "float32 as uploaded" if precision == "float" else precision,
+            "date": max(result["date"] for result in modules.values()), "sites": sites, **whole,
             "statistic": "the hub's own estimate (by its documentation the minimum of about 100 runs)",
-            "modules": {title(*entries[key]): {**found[key], "sites": where[key]} for key in entries}}
+            "modules": modules}
 
 
 def paper_timing(sites, n_options):
@@ -606,7 +716,8 @@ def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cp
     frame, deploy = (frame, frame) if isinstance(frame, int) else tuple(frame), deploy or in_eval_mode
     rows = {site: [net.blocks()[site], *(surrogates[site][k] for k in sorted(surrogates[site]))]
             for site in sites}
-    blocks = {site: [block for block in row if not isinstance(block, nn.Identity)]
+    inside = target == "qai-hub" and (hub or {}).get("inside")         # there no block is timed as well
+    blocks = {site: [block for block in row if inside or not isinstance(block, nn.Identity)]
               for site, row in rows.items()}
     if target == "paper":
         timing = paper_timing(sites, len(next(iter(blocks.values()), [])))
@@ -618,7 +729,7 @@ def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cp
         raise ValueError(f"latency_table: target {target!r} is none of 'local', 'qai-hub' and 'paper'")
     options = [type(block).__name__ for block in next(iter(rows.values()), [])]
     ms = {site: iter(row) for site, row in timing["sites"].items()}
-    timing["sites"] = {site: [0.0 if isinstance(block, nn.Identity) else next(ms[site]) for block in row]
+    timing["sites"] = {site: [next(ms[site]) if block in blocks[site] else 0.0 for block in row]
                        for site, row in rows.items()}
     return {"target": target, "frame": list(frame), "options": options, **timing}
 
@@ -629,48 +740,7 @@ def network_ms(table, choice):
     Infinite where the device cannot run a chosen block; never negative (`whole_net`).
     """
     rows = [row[choice.get(site, 0)] for site, row in table["sites"].items()]
-    return math.inf if None in rows else table["rest_ms"] + table.get("scale", 1.0) * sum(rows)
-
-
-# --------------------------------------------------------------------------------- do the sums hold?
-
-def kendall_tau(x, y):
-    """Kendall's tau-b of two sequences: 1 if they rank alike, -1 if in reverse; nan if one is constant."""
-    a, b = (torch.tensor(v, dtype=torch.float64) for v in (x, y))
-    a, b = ((v[:, None] - v).sign() for v in (a, b))                                # (n, n)
-    return ((a * b).sum() / (a.abs().sum() * b.abs().sum()).sqrt()).item()
-
-
-def time_nets(entries, device="cpu", rounds=30):
-    """Whole nets {name: (deployed net, shape)} -> ({name: ms}, Kendall's tau of two halves of the rounds).
-
-    Each half is measured in a process of its own. What does not repeat itself, no prediction can tell:
-    tau (without the net "base") bounds what the sums can reach.
-    """
-    halves = [alone(time_together, entries, device, rounds // 2, warmup=1, calls=1) for _ in range(2)]
-    pair = [settled({name: ms for name, ms in half.items() if name != "base"}) for half in halves]
-    repeat_tau = kendall_tau(*(list(ms.values()) for ms in pair))
-    return settled({name: halves[0][name] + halves[1][name] for name in entries}), repeat_tau
-
-
-def sums(table, choices, measured, where):
-    """Predicted against measured ms of the nets that were measured, on `where`.
-
-    choices {name: choice}, measured {name: ms or None}. Returns {rows, drift, measured_on, tau: Kendall's,
-    None below three nets, mean_relative_error and error_as_profiled, None without a measurement}. drift: how
-    much slower the base net was than when the table was made; predicted_ms of the rows is the table's sum
-    times it, error_as_profiled the error without it. The base net, right by construction, has a row but no
-    part in tau and errors.
-    """
-    known = {name: measured[name] for name in choices if measured[name] is not None}
-    drift = known["base"] / table["base_ms"] if "base" in known and table["base_ms"] else 1.0
-    rows = [{"net": name, "predicted_ms": drift * network_ms(table, choices[name]), "measured_ms": ms}
-            for name, ms in known.items()]
-    pairs = [(row["predicted_ms"], row["measured_ms"]) for row in rows if row["net"] != "base"]
-    error = lambda pace: statistics.fmean(abs(p / pace / m - 1) for p, m in pairs) if pairs else None
-    return {"rows": rows, "drift": drift, "measured_on": where if rows else None,
-            "tau": kendall_tau(*zip(*pairs)) if len(pairs) > 2 else None,
-            "mean_relative_error": error(1.0), "error_as_profiled": error(drift)}
+    return math.inf if None in rows else max(0.0, table["rest_ms"] + table.get("scale", 1.0) * sum(rows))
 
 
 # ------------------------------------------------------------------ the operators blocks are made of

@@ -229,6 +229,20 @@ class Blocks(unittest.TestCase):
         self.assertIsInstance(blocks.new_surrogate(net, "mid.0", blocks.NO_BLOCK, 0), blocks.NoBlock)
 
 
+class Magnitudes(unittest.TestCase):
+    def test_every_intermediate_and_the_sums_in_layer_norm_are_noted(self):
+        net = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False), nn.ReLU(), blocks.LayerNorm2d(2))
+        net[0].weight.data = torch.tensor([[3.0, 0.0], [0.0, -5.0]]).view(2, 2, 1, 1)
+        x = torch.ones(1, 2, 1, 1)
+        found = blocks.magnitudes(net, [0.5 * x, x])
+        self.assertEqual(found["Sequential.0: convolution"], 5)
+        self.assertEqual(found["Sequential.1: relu"], 3)
+        self.assertEqual(found["Sequential.2: sum in layer norm"], 3)
+        self.assertEqual(found["Sequential.2: sum of squares in layer norm"], 2 * 1.5 ** 2)
+        net[0].weight.data[0] = math.nan
+        self.assertEqual(blocks.magnitudes(net, [x])["Sequential.0: convolution"], math.inf)
+
+
 class Saliency(unittest.TestCase):
     """The net's own 64-bit copy and one layer at a time, by finite differences or explicit loops."""
 
@@ -766,8 +780,8 @@ class Profile(unittest.TestCase):
         base, saliency = as_base(self.net), {"sites": self.sites}
         table = table or hwdeblur.stage_profile(job, base, saliency)
         nets = {name: self.deployed(choice) for name, choice in self.CHOICES.items()}
-        once = functools.partial(profile_device.time_nets, rounds=8)
-        with mock.patch.object(profile_device, "time_nets", once):
+        once = functools.partial(hwdeblur.time_nets, rounds=8)
+        with mock.patch.object(hwdeblur, "time_nets", once):
             return table, *hwdeblur.measure_nets(job, table, nets, self.CHOICES, count)
 
     def test_local_table_adds_up_and_measures_equal_blocks_once(self):
@@ -809,7 +823,7 @@ class Profile(unittest.TestCase):
         self.assertEqual(sums, {"rows": [], "drift": 1.0, "measured_on": None, "tau": None,
                                 "mean_relative_error": None, "error_as_profiled": None, "repeat_tau": None})
         ms = {"base": 300.0, "chosen": 100.0}
-        two = profile_device.sums({**table, "base_ms": 150.0}, self.CHOICES, ms, "x")
+        two = hwdeblur.sums({**table, "base_ms": 150.0}, self.CHOICES, ms, "x")
         self.assertEqual((two["tau"], two["measured_on"], two["drift"]), (None, "x", 2))
         self.assertAlmostEqual(two["mean_relative_error"], 2 * (53 + 53 + 9) / 100 - 1)
         self.assertAlmostEqual(two["error_as_profiled"], (53 + 53 + 9) / 100 - 1)
@@ -824,11 +838,6 @@ class Profile(unittest.TestCase):
             self.assertEqual(" ".join(str(choice[s]) for s in self.sites), name)
             torch.testing.assert_close(net(x), self.deployed(choice)(x), rtol=1e-5, atol=1e-5)
 
-    def test_kendalls_tau_is_scipys_with_ties_as_well(self):
-        rng = np.random.default_rng(0)
-        for n in (2, 3, 5, 20, 20):
-            for x, y in (rng.random((2, n)), rng.integers(0, 4, (2, n)), (range(n), np.ones(n))):
-                np.testing.assert_allclose(profile_device.kendall_tau(x, y), kendalltau(x, y).statistic)
 
     def test_the_pace_of_a_round_a_hiccup_and_half_of_all_calls_slowed_down_change_no_time(self):
         """The true times come back, where medians miss them."""
@@ -915,7 +924,7 @@ class Profile(unittest.TestCase):
             return dict(zip(entries, batches[len(asked) - 1].tolist()))
 
         with mock.patch.object(profile_device, "alone", next_rounds):
-            measured, repeat_tau = profile_device.time_nets(names)
+            measured, repeat_tau = hwdeblur.time_nets(names)
         self.assertEqual(asked, [(profile_device.time_together, 15, {"warmup": 1, "calls": 1})] * 2)
         halves = [profile_device.settled(dict(enumerate(batch[1:].tolist()))) for batch in batches]
         self.assertAlmostEqual(repeat_tau, kendalltau(*(list(half.values()) for half in halves)).statistic)
@@ -936,8 +945,11 @@ class Loopback(http.server.BaseHTTPRequestHandler):
         hub.requests += 1
         if hub.requests <= hub.stumbles:
             status = 500
-        elif kind == "put":
-            hub.models[which[0]] = body
+        elif kind == "put" and self.command == "GET":
+            message = hub.models[which[0]]
+        elif kind == "put":                       # a program as it is, data in a form
+            form = self.headers.get("Content-Type", "").startswith("multipart")
+            hub.models[which[0]] = body.split(b"\r\n\r\n", 1)[1].rsplit(b"\r\n--", 2)[0] if form else body
         elif self.headers["Authorization"] != f"token {hub.token}":
             status = 401
         elif kind == "devices":
@@ -948,10 +960,17 @@ class Loopback(http.server.BaseHTTPRequestHandler):
             urls = [f"http://127.0.0.1:{hub.server_port}/api/v1/put/{which[0]}"]
             parts = pb.FileMultipartUploadURL(urls=urls, max_part_size=2 ** 30)
             message = pb.FileUploadResponse(multipart_url=parts)
-        elif kind == "models":
+        elif kind == "datasets" and self.command == "GET":
+            url = f"http://127.0.0.1:{hub.server_port}/api/v1/put/{which[0]}"
+            message = pb.Dataset(dataset_id=which[0])
+            if "upload_url" in which:
+                message = pb.FileUploadResponse(url=pb.FileUploadURL(url=url, file_field_name="file"))
+            elif "download_data" in which:
+                message = pb.FileDownloadResponse(url=pb.FileDownloadURL(url=url, filename="data.h5"))
+        elif kind in ("models", "datasets"):
             message = pb.CreateUpdateResponse(id=which[0] if which else f"m{hub.requests}")
         elif kind == "job_summaries":
-            message = hub.summaries("compile" if "compile" in query else "inference")
+            message = hub.summaries(next(k for k in ("compile", "quantize", "inference") if k in query))
         elif self.command == "GET":
             job = hub.jobs[int(which[0][1:])]
             message = hub.result(job) if which[1:] else job
@@ -961,7 +980,7 @@ class Loopback(http.server.BaseHTTPRequestHandler):
             message = pb.CreateUpdateResponse(id=hub.create(pb.Job.FromString(body)))
             if hub.cut_after == len(hub.jobs):                     # the job exists, its creator never knows
                 status, message = 401, None
-        content = message.SerializeToString() if message else b""
+        content = message if isinstance(message, bytes) else message.SerializeToString() if message else b""
         self.send_response(status)
         for header in (("Content-Type", "application/x-protobuf"), ("Content-Length", len(content)),
                        ("ETag", "e")):
@@ -969,7 +988,7 @@ class Loopback(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    do_GET = do_POST = do_PUT = reply
+    do_GET = do_POST = do_PUT = do_PATCH = reply
 
 
 class Hub(http.server.ThreadingHTTPServer):
@@ -982,7 +1001,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.pb, self.token = public_api_pb2, "hushhush"
         self.devices = ["Samsung Galaxy S24 Ultra", "Samsung Galaxy S24", "Google Pixel 9"]
         self.models, self.jobs, self.requests, self.stumbles = {}, [], 0, 0
-        self.cut_after, self.full_after, self.fail = None, None, ()
+        self.cut_after, self.full_after, self.fail, self.fail_quantize, self.noise = None, None, (), (), 0.0
         self.ini = Path(folder, "client.ini")
         self.configure(self.token)
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -992,18 +1011,39 @@ class Hub(http.server.ThreadingHTTPServer):
         self.ini.write_text(f"[api]\napi_token = {token}\napi_url = {url}\nweb_url = {url}\n")
 
     def compiled(self, job):
-        """The job that compiled what this one is about."""
-        return (job if job.HasField("compile_job") else
-                self.jobs[int(job.inference_job.model.model_id[1:])]).compile_job
+        """The first of the jobs that this one goes back to: it compiled an uploaded program."""
+        part = getattr(job, job.WhichOneof("job"))
+        source = part.model.model_id
+        return part if source[0] == "m" else self.compiled(self.jobs[int(source[1:])])
+
+    def data(self, number):
+        """[array, ...] of an uploaded dataset."""
+        import h5py
+        with h5py.File(io.BytesIO(self.models[number])) as file:
+            rows = file["data/0"]
+            return [rows[f"batch_{i}"][()] for i in range(len(rows))]
+
+    def echo(self, number):
+        """A dataset as it is, but for noise."""
+        import h5py
+        stream = io.BytesIO()
+        with h5py.File(stream, "w") as file:
+            for i, x in enumerate(self.data(number)):
+                file[f"data/0/batch_{i}"] = x + self.noise
+            file["data/0"].attrs.update(order=0, name="y", batch_count=i + 1)
+        self.models[f"out{number}"] = stream.getvalue()
+        return f"out{number}"
 
     def create(self, job):
         name, kind, pb = f"j{len(self.jobs)}", job.WhichOneof("job"), self.pb
         part = getattr(job, kind)
         setattr(part, f"{kind}_id", name)
-        if kind == "compile_job":
-            part.target_model.CopyFrom(pb.Model(model_id=name, model_type=pb.MODEL_TYPE_TFLITE))
+        if kind != "inference_job":
+            onnx = kind == "quantize_job" or "runtime onnx" in part.options
+            part.target_model.CopyFrom(pb.Model(model_id=name, model_type=pb.MODEL_TYPE_ONNX if onnx else
+                                                pb.MODEL_TYPE_TFLITE))
         part.job_state = pb.JOB_STATE_DONE
-        if self.compiled(job).name.split()[0] in self.fail:
+        if part.name.split()[0] in (self.fail_quantize if kind == "quantize_job" else self.fail):
             part.job_state, part.failure_reason = pb.JOB_STATE_FAILED, "operator\nunknown"
         self.jobs.append(job)
         return name
@@ -1011,7 +1051,8 @@ class Hub(http.server.ThreadingHTTPServer):
     def summaries(self, kind):
         pb, field = self.pb, f"{kind}_job"
         jobs = [getattr(job, field) for job in self.jobs if job.HasField(field)]
-        summary = {"compile": pb.CompileJobSummary, "inference": pb.InferenceJobSummary}[kind]
+        summary = {"compile": pb.CompileJobSummary, "inference": pb.InferenceJobSummary,
+                   "quantize": pb.QuantizeJobSummary}[kind]
         rows = [summary(job_id=getattr(job, f"{field}_id"), name=job.name) for job in jobs]
         return pb.JobSummaryList(job_summaries=[pb.JobSummary(**{f"{field}_summary": row}) for row in rows])
 
@@ -1025,8 +1066,11 @@ class Hub(http.server.ThreadingHTTPServer):
         layers = [pb.LayerDetail(name=kind, layer_type_name=kind,
                                  compute_unit=units.get(kind, pb.COMPUTE_UNIT_NPU)) for kind in kinds]
         time_us = sum(p.numel() for p in program.state_dict.values()) + 10 * size
-        detail = pb.ProfileDetail(major_version=1, execution_time=time_us, layer_details=layers)
-        return pb.JobResult(inference_job_result=pb.InferenceJobResult(detail=detail))
+        detail = pb.ProfileDetail(major_version=1, execution_time=time_us, layer_details=layers,
+                                  after_execution_peak_memory=3 * time_us)
+        given = job.inference_job.dataset.dataset_id
+        return pb.JobResult(inference_job_result=pb.InferenceJobResult(
+            detail=detail, output_dataset_id=self.echo(given) if given else ""))
 
 
 class AIHub(unittest.TestCase):
@@ -1050,10 +1094,90 @@ class AIHub(unittest.TestCase):
     def profile(self, **kwargs):
         return profile_device.profile_hub(self.convs, jobs=self.jobs, **kwargs)
 
-    def table(self, *sites):
-        surrogates = {s: {k: blocks.new_surrogate(self.net, s, k, 0) for k in OPTIONS} for s in sites}
+    def table(self, *sites, numbers=OPTIONS, **how):
+        surrogates = {s: {k: blocks.new_surrogate(self.net, s, k, 0) for k in numbers} for s in sites}
         return profile_device.latency_table(self.net, surrogates, sites, (16, 8), "qai-hub", blocks.deploy,
-                                            hub={"jobs": self.jobs})
+                                            hub={"jobs": self.jobs, **how})
+
+    def calibration(self):
+        """Two images of the profiled size."""
+        return [images(1, 3, 16, 8, seed=seed).numpy() for seed in (1, 2)]
+
+    def test_what_is_quantised_is_calibrated_with_what_it_meets_in_the_net(self):
+        self.hub.fail_quantize = ("Gated",)
+        table = self.table("enc0.0", "mid.0", precision="w8a16", calibration=self.calibration)
+        for row in table["sites"].values():
+            self.assertEqual([k for k, ms in enumerate(row) if ms is None], [2])
+        kinds = [job.WhichOneof("job") for job in self.hub.jobs]
+        self.assertEqual([kinds.count(f"{kind}_job") for kind in ("compile", "quantize", "inference")],
+                         [30, 15, 15])
+        quantised = [job.quantize_job for job in self.hub.jobs if job.HasField("quantize_job")]
+        met = profile_device.inputs_of(self.net, ["enc0.0", "mid.0"], self.calibration())
+        met["net"] = self.calibration()
+        for job in quantised:
+            self.assertEqual((job.weights_dtype, job.activations_dtype),
+                             (self.hub.pb.QUANTIZE_DTYPE_INT8, self.hub.pb.QUANTIZE_DTYPE_INT16))
+            data = self.hub.data(job.calibration_dataset.dataset_id)
+            kind = {"4x16x8": "enc0.0", "8x8x4": "mid.0", "3x16x8": "net"}[job.name.split()[1]]
+            for given, expected in zip(data, met[kind], strict=True):
+                self.assertEqual(given.dtype, np.float32)
+                np.testing.assert_array_equal(given, expected)
+        self.assertEqual({job.compile_job.options for job in self.hub.jobs if job.HasField("compile_job")},
+                         {"--target_runtime onnx", "--target_runtime tflite"})
+        self.assertEqual((table["precision"], table["runtime"]), ("w8a16", "tflite"))
+
+    def test_a_chain_that_was_cut_off_submits_nothing_twice(self):
+        how = dict(precision="w8a8", calibration=self.calibration, options="--quiet")
+        for self.hub.cut_after in (1, 2, 3, 4, 10):
+            with self.assertRaisesRegex(profile_device.HubError, "authenticate"):
+                self.table("mid.0", **how)
+        self.hub.cut_after = None
+        table = self.table("mid.0", **how)
+        names = [getattr(job, job.WhichOneof("job")).name for job in self.hub.jobs]
+        self.assertEqual((len(names), len(set(names))), (32, 32))
+        self.assertEqual(table["hub options"], "--quiet")
+        given = {(kind := job.WhichOneof("job"), getattr(job, kind).options) for job in self.hub.jobs}
+        self.assertEqual(given, {("compile_job", "--target_runtime onnx"), ("quantize_job", ""),
+                                 ("compile_job", "--target_runtime tflite --quiet"),
+                                 ("inference_job", "--quiet")})
+        self.assertEqual(self.table("mid.0", **how), table)
+        self.assertEqual(len(self.hub.jobs), 32)
+        self.table("mid.0", **{**how, "options": ""})     # other options, other jobs
+        self.assertEqual(len(self.hub.jobs), 64)
+
+    def test_blocks_inside_their_net_are_predicted_exactly_and_equal_programs_share_a_job(self):
+        sites, options = ("enc0.0", "mid.0"), [*OPTIONS, blocks.NO_BLOCK]
+        randomized(self.net)
+        table = self.table(*sites, numbers=options, inside=True)
+        us = lambda net: sum(p.numel() for p in net.parameters()) + 10 * 3 * 16 * 8
+        self.assertAlmostEqual(profile_device.network_ms(table, {}), us(self.net) / 1000)
+        for site, k in itertools.product(sites, options):
+            surrogates = {site: {k: blocks.new_surrogate(self.net, site, k, 0)}}
+            net = blocks.deploy(blocks.assemble(self.net, surrogates, {site: k}))
+            self.assertAlmostEqual(profile_device.network_ms(table, {site: k}), us(net) / 1000, msg=(site, k))
+        self.assertEqual(len(self.hub.jobs), 2 * (1 + 2 * (len(options) - 1)))     # Gated is GatedBN, folded
+        fastest = {site: int(np.argmin(row)) for site, row in table["sites"].items()}
+        self.assertGreater(profile_device.network_ms(table, fastest), 0)
+        self.assertTrue(all(ms >= 0 for row in table["sites"].values() for ms in row))
+        self.assertEqual(table["modules"]["GatedBN at mid.0"]["sites"], ["mid.0", "mid.0"])
+        self.hub.fail = ("NAFNet",)
+        with self.assertRaisesRegex(profile_device.HubError, "base net does not run .*operator unknown"):
+            self.table("mid.0", inside=True, runtime="onnx")
+
+    def test_pictures_come_back_and_are_judged(self):
+        x, y = [np.full((1, 3, 4, 4), v, np.float32) for v in (0.25, 0.5)], []
+        self.hub.noise = 0.125
+        data = profile_device.Data(None, tuple(x), lambda outputs: y.extend(outputs) or {"n": 2})
+        entry = (*self.convs[3], data)
+        found = profile_device.profile_hub({"a": entry}, jobs=self.jobs)["a"]
+        np.testing.assert_array_equal(np.concatenate(y), np.concatenate(x) + 0.125)
+        self.assertEqual(found["pictures"], {"n": 2})
+        self.assertAlmostEqual(found["peak_mb"], 3 * found["ms"] / 1000)
+        self.assertEqual(profile_device.profile_hub({"a": entry}, jobs=self.jobs)["a"], found)
+        self.assertEqual(len(self.hub.jobs), 2)
+        entry[0].weight.data += 1                 # other weights, other pictures
+        profile_device.profile_hub({"a": entry}, jobs=self.jobs)
+        self.assertEqual(len(self.hub.jobs), 4)
 
     def test_table_holds_the_hubs_times_and_equal_blocks_are_submitted_once(self):
         table, n = self.table("enc0.0", "dec0.0"), 1 + len(blocks.BLOCKS)
@@ -1115,6 +1239,17 @@ class AIHub(unittest.TestCase):
         for net in (metrics["base"], metrics["chosen"]):
             self.assertEqual(net["latency_ms"], (net["params"] + 10 * 3 * 32 * 32) / 1000)
         report = (out / "report.md").read_text()
+        val = hwdeblur.split_pairs(hwdeblur.Config(made_size=48, made_test=2), "val")
+        sharp, blur = (torch.cat([torch.from_numpy(hwdeblur.at_frame(image, (32, 32))) for image in side])
+                       for side in zip(*val))
+        base = hwdeblur.base_net(torch.load(out / "base.pt", weights_only=True))
+        told = metrics["sums"]["hub"]["base"]["pictures"]
+        for key, x, y in (("device_db", blur, sharp), ("here_db", base(blur), sharp),
+                          ("agreement_db", blur, base(blur))):        # the hub gives back what it gets
+            self.assertAlmostEqual(told[key], hwdeblur.psnr(*map(hwdeblur.quantize, (x, y))).item(), places=4)
+        self.assertRegex(report, r"- base: the device's pictures have \d+.\d dB against ours, which is less")
+        self.assertRegex(report, r"\| base +\| 2 +\| +\d+\.\d\d")
+        self.assertRegex(report, r"peak MB")
         self.assertIn("falls back to the CPU", report)
         self.assertIn(f"times {table['scale']:.2f}, since together they take longer alone", report)
         (out / "report.md").unlink()
@@ -2209,7 +2344,7 @@ class OneNet(unittest.TestCase):
             return {name: 20.0 if name == "base" else 8.0 for name in entries}, 1.0
 
         evaluate = hwdeblur.evaluate
-        with mock.patch.object(profile_device, "time_nets", time_nets), mock.patch.object(
+        with mock.patch.object(hwdeblur, "time_nets", time_nets), mock.patch.object(
                 hwdeblur, "evaluate", lambda net, *a, **k: scored.setdefault(id(net), net) and None
                 or evaluate(net, *a, **k)):
             found = quiet(hwdeblur.stage_evaluate, job, base, table, tuned)
@@ -2327,7 +2462,7 @@ class Store(unittest.TestCase):
         self.assertEqual(hwdeblur.loaded(path, self.HEAD)["x"], 1)
         self.assertEqual([file.name for file in self.out.iterdir()], ["a.json"])
         jobs = self.out / "jobs.json"
-        session = profile_device.Session(None, "", "", jobs, {"a": {"name": "b"}}, (), {})
+        session = profile_device.Session(None, "", "", "", "", jobs, {"a": {"name": "b"}}, (), {})
         with mock.patch.object(os, "fsync", side_effect=full), self.assertRaisesRegex(
                 profile_device.HubError, f"^{jobs} cannot be written .No space left on device.: make room"):
             profile_device.save_notes(session)
@@ -2642,6 +2777,34 @@ class Whole(unittest.TestCase):
         self.assertRegex(self.done("--stage", "export", "--frame", "20x36", out=bare)[1],
                          "no PSNR and latency")
         self.assertEqual(json.loads((bare / "deblur.json").read_text())["shape"], [1, 3, 20, 36])
+
+    def test_what_float16_cannot_hold_is_named_and_layer_norms_divide_first(self):
+        out = self.copied("half", "finetuned.pt")
+        tuned = torch.load(out / "finetuned.pt", weights_only=True)
+        planted = {"intro.weight": (3e5, "NAFNet.intro: convolution, reaches .*float16 ends at 65504"),
+                   "encoders.0.0.project.weight": (1e9, "NAFNet.encoders.0.0.project: convolution, reaches")}
+        net = hwdeblur.chosen_net(tuned)
+        pairs = hwdeblur.split_pairs(hwdeblur.Config(made_size=48, made_test=2), "val")
+        self.assertEqual(hwdeblur.within_float16(net, pairs, "cpu")[1], [])
+        for name, (factor, words) in planted.items():
+            broken = copy.deepcopy(tuned)
+            broken["params"][name] *= factor
+            del broken["checksum"]
+            hwdeblur.saved(out / "finetuned.pt", broken, {})
+            said = self.done("--stage", "export", out=out)[1]
+            self.assertRegex(said, words)
+            self.assertRegex(" ".join(json.loads((out / "deblur.json").read_text())["float16"]), words)
+        base = randomized(small_net())
+        base.intro.weight.data *= 300
+        deployed, lines = hwdeblur.within_float16(base, pairs, "cpu")
+        self.assertEqual(len(lines), 1)
+        self.assertRegex(lines[0], r"layer norms divide by \d+ first: NAFNet.*norm\d: sum of squares")
+        x = hwdeblur.as_batch([pairs[0][1]])
+        plain, divided = (blocks.magnitudes(net, [x]) for net in (blocks.deploy(base), deployed))
+        self.assertGreater(max(plain.values()), hwdeblur.FLOAT16)
+        self.assertLess(max(divided.values()), hwdeblur.FLOAT16)
+        with torch.no_grad():
+            self.assertTrue(torch.equal(deployed(x), base.eval()(x)))
 
     def test_the_command_line_teaches_the_stages(self):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
