@@ -1431,22 +1431,32 @@ def score_new(score, scored, keep, proposals):
     return [scored[options] for options in proposals]
 
 
-def best_compromises(history, count, limits=(math.inf, math.inf)):
+def useful(front, losses, gain_db):
+    """The positions of `front` whose loss in dB is less than what the base net gains over the blurred input.
+
+    A net that loses as much is worth nothing, as the blurred input takes no time. All, where the base gains
+    nothing.
+    """
+    return [i for i in front if losses[i] < gain_db or gain_db <= 0]
+
+
+def best_compromises(history, count, limits=(math.inf, math.inf), gain_db=math.inf):
     """(the front, at most `count` of it within the limits, best first and apart), as positions in history.
 
-    limits: of loss in dB and of penalty. Best is what lies furthest below the chord of the front or, where
-    one objective alone is limited, what is best in the other; then those faster than it, since fine-tuning
-    wins back most of what swaps lose, and no time. The base is none of them unless it is alone.
+    limits: of loss in dB and of penalty. Best is what lies furthest below the chord of the `useful` front or,
+    where one objective alone is limited, what is best in the other; then those faster than it, since
+    fine-tuning wins back most of what swaps lose, and no time. The base is none of them unless it is alone.
     """
     Y, limited = np.array([e[1:] for e in history]), np.isfinite(limits)
-    front = search.front_of(Y)
+    whole = search.front_of(Y)
+    front = whole if limited.any() else useful(whole, Y[:, 0], gain_db)
     order = search.knee(Y[front], len(front))
     if limited.sum() == 1:
         order = sorted(order, key=lambda i: Y[front[i], limited.argmin()])
     if len(front) > 1:
         order = [i for i in order if any(history[front[i]].options) and (Y[front[i]] <= limits).all()]
     order = sorted(order, key=lambda i: Y[front[i], 1] > Y[front[order[0]], 1])
-    return front, [front[i] for i in search.apart(Y[front], order, count)]
+    return whole, [front[i] for i in search.apart(Y[front], order, count)]
 
 
 def wished(config, profile):
@@ -1510,7 +1520,9 @@ def stage_search(job, base, saliency, profile, distill):
                                 history=history, batch=world(), map=lambda _, new: score_all(new), each=each)
     for warning in ended:
         say(str(warning.message))
-    candidates = functools.partial(best_compromises, count=config.candidates, limits=wished(config, profile))
+    gain_db = base_db - evaluate(None, val, job.device, with_ssim=False)["psnr_db"]
+    candidates = functools.partial(best_compromises, count=config.candidates, gain_db=gain_db,
+                                   limits=wished(config, profile))
     history, front, knee = with_swaps_back(history, candidates, score_all, penalty)
     rows = [{"options": list(e.options), "loss_db": e.loss_db, "penalty": e.penalty,
              "latency_ms": profile_device.network_ms(profile, choice_of(sites, e.options))} for e in history]
@@ -1518,10 +1530,12 @@ def stage_search(job, base, saliency, profile, distill):
         refuse_wish(config, [(rows[i]["loss_db"], rows[i]["latency_ms"]) for i in front
                              if any(rows[i]["options"])])
     Y, ref = np.array([e[1:] for e in history]), search.default_ref(history, penalty)
+    part = front if any(map(np.isfinite, wished(config, profile))) else useful(front, Y[:, 0], gain_db)
+    below = dict(zip(part, search.below_chord(Y[part]).tolist()))
     return {"sites": sites, "evaluations": rows, "proposed": len(proposed), "front": front, "knee": knee,
-            "base_val_db": base_db,
+            "base_val_db": base_db, "gain_db": gain_db, "below_chord": [below[i] for i in knee],
             "space": math.prod(map(len, search.available(penalty))), "ref": ref.tolist(),
-            "hypervolume": search.hypervolume(Y, ref), "below_chord": search.below_chord(Y[front]).tolist(),
+            "hypervolume": search.hypervolume(Y, ref),
             "taken_back": [swap_effects(history[i], scored, sites, profile) for i in knee]}
 
 
@@ -2128,14 +2142,16 @@ def wish_words(config):
     """How the candidates were ranked."""
     within = [f"{flag(name)} {config[name]:g}" for name in ("max_loss_db", "max_ms") if config[name]]
     best = {"--max-loss-db": "the fastest", "--max-ms": "those that lose least"}
-    how = "those furthest below the chord between its ends"
+    how = "those furthest below the chord between its ends, as far as it gains on the blurred input"
     how = best[within[0].split()[0]] if len(within) == 1 else how
     return how + f" within {' and '.join(within)}" * bool(within)
 
 
 def wish_list(found):
     """What other wishes would have given: the knee of the front, and the fastest within 0.1 and 0.3 dB."""
-    rows = [found["evaluations"][i] for i in found["front"]]
+    losses = {i: found["evaluations"][i]["loss_db"] for i in found["front"]}
+    part = useful(found["front"], losses, found.get("gain_db", math.inf))
+    rows = [found["evaluations"][i] for i in part]
     words = lambda row: f"{row['latency_ms']:.3g} ms, {row['loss_db']:.2f} dB lost"
     base = next(row for row in found["evaluations"] if not any(row["options"]))
     lines = [f"- the knee: {words(rows[search.knee([(r['loss_db'], r['penalty']) for r in rows], 1)[0]])}"]
@@ -2153,7 +2169,7 @@ def front_section(found, diverged, pick):
     left_out = ", ".join(f"{k} at {site}" for site, k in diverged)
     why = "The base is alone on the front, so it is the one candidate: nothing that was scored gains speed."
     if any(rows[found["knee"][0]]["options"]):
-        distances = ", ".join(f"{found['below_chord'][found['front'].index(i)]:.2f}" for i in found["knee"])
+        distances = ", ".join(f"{distance:.2f}" for distance in found["below_chord"])
         how = wish_words(found["config"])
         why = (f"The candidates are, of the front without the base, {how}; after the first, those that are "
                "faster, as fine-tuning wins back most of what swaps lose, and no time; a tenth of the "

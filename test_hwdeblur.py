@@ -2205,6 +2205,12 @@ class Choice(unittest.TestCase):
         self.assertEqual(order(2, (0.5, np.inf)), [4, 3])      # fastest first
         self.assertEqual(order(2, (0.2, 0.49)), [3])
         self.assertEqual(order(2, (0.1, 0.3)), [])
+        # What loses as much as the base gains takes no part in the chord either, but for a wish.
+        worse = [*history, search.Evaluation((7,), 3.0, -0.5), search.Evaluation((8,), 6.0, -0.6)]
+        best = lambda **more: hwdeblur.best_compromises(worse, 1, **more)[1]
+        self.assertEqual([best(), best(gain_db=2.0), best(gain_db=-1.0)], [[6], [2], [6]])
+        self.assertEqual(best(gain_db=2.0, limits=(np.inf, -0.4)), [7])
+        self.assertEqual(len(hwdeblur.best_compromises(worse, 1, gain_db=2.0)[0]), 9)
 
     def test_an_output_that_is_not_finite_scores_0_db(self):
         with mock.patch.object(hwdeblur, "evaluate", side_effect=[{"psnr_db": 30.0}, {"psnr_db": math.nan}]):
