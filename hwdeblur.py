@@ -25,6 +25,7 @@ of this file, in order, each built on those above it:
     command line                                 the flags, main
 """
 import argparse
+import bisect
 import contextlib
 import copy
 import dataclasses
@@ -165,7 +166,7 @@ class Config:
                             choices=profile_device.HUB_RUNTIMES)
     hub_precision: str = knob("float", "profile", "weights and activations on it, in bits",
                               choices=profile_device.HUB_PRECISIONS)
-    hub_options: str = knob("", "profile", "further options of its compile and inference jobs")
+    hub_options: str = knob("", "profile", 'of its compile and inference jobs: --hub-options="--x y"')
     hub_blocks: str = knob("alone", "profile", "blocks are profiled there alone, as in the paper, or inside "
                            "the net", choices=("alone", "net"))
     calibration: int = knob(64, "profile", "training images to quantise with, for w8a8 and w8a16", 1, 10 ** 4)
@@ -1313,10 +1314,11 @@ def calibration(job):
                                     for pair in spread(job.pairs("train"), config.calibration)])
 
 
-def judged(job, net, count=4):
+def judged(job, net, images, count=4):
     """`profile_device.Data` that runs a few validation images on the device: PSNR in dB there and here.
 
-    On the frame, clamped and rounded to 8 bits; agreement_db: PSNR of the device's output against ours.
+    images () -> what to calibrate with. On the frame, clamped and rounded to 8 bits; agreement_db: PSNR of
+    the device's output against ours.
     """
     pairs = [[at_frame(image, job.config.frame) for image in load_pair(pair)]
              for pair in spread(job.pairs("val"), count)]
@@ -1325,11 +1327,14 @@ def judged(job, net, count=4):
         here = torch.cat([quantize(net(x.to(job.device)).cpu()) for x in blur.split(1)])
 
     def judge(outputs):
-        there = quantize(torch.from_numpy(np.concatenate(outputs).astype(np.float32)).reshape(here.shape))
+        there = torch.from_numpy(np.concatenate(outputs).astype(np.float32))
+        there = quantize(there.movedim(-1, 1) if there.shape[1:] == (*job.config.frame, 3) else there)
+        if there.shape != here.shape:
+            raise ValueError(f"outputs of shape {tuple(there.shape)}, not {tuple(here.shape)}")
         return {"pairs": len(pairs), "device_db": psnr(there, sharp).item(),
                 "here_db": psnr(here, sharp).item(), "agreement_db": min(psnr(there, here).item(), 100.0)}
 
-    return profile_device.Data(calibration(job), tuple(x.numpy() for x in blur.split(1)), judge)
+    return profile_device.Data(images, tuple(x.numpy() for x in blur.split(1)), judge)
 
 
 def stage_profile(job, base, saliency):
@@ -1651,8 +1656,10 @@ def time_whole(job, table, nets):
         return measured, where, {"repeat_tau": repeat_tau}
     if config.target == "paper":
         return dict.fromkeys(nets), where, {"repeat_tau": None}
-    entries = {name: (copy.deepcopy(net).cpu(), shape, judged(job, net) if name in ("base", "chosen") else
-                      profile_device.Data(calibration(job))) for name, net in nets.items()}
+    images = calibration(job)
+    entries = {name: (copy.deepcopy(net).cpu(), shape, judged(job, net, images)
+                      if name in ("base", "chosen") else profile_device.Data(images))
+               for name, net in nets.items()}
     found = profile_device.profile_hub(entries, **hub(job))
     for line in profile_device.remarks({"modules": found}):
         say(line)
@@ -1753,23 +1760,29 @@ def nearest_below(cost, limit):
 
 
 def as_fast(job, profile, arch, net, chosen, order):
-    """The width, and the blocks of `order` to leave out, that bring the base net to the chosen net's latency.
+    """The width, and the blocks of `order` to leave out, that bring the base net to the latency of `chosen`.
 
-    Measured, all in one go, or in GMACs where the target measures no nets; None where none is as fast.
+    chosen {"chosen": deployed net}. Measured, locally all in one go, on a phone by bisection, as every net is
+    a job there; GMACs where the target measures no nets. None where none is as fast.
     """
     widths = {f"width {width}": width for width in range(2, arch["width"] + 1, 2)}
-    fewer = {f"without {n} blocks": order[:n] for n in range(len(order) + 1)}
-    nets = {"chosen": chosen,
-            **{name: new_net(**{**arch, "width": width}, seed=0).to(job.device)
+    fewer = {f"without {n} blocks": order[:n] for n in range(len(order), -1, -1)}
+    nets = {**{name: new_net(**{**arch, "width": width}, seed=0).to(job.device)
                for name, width in widths.items()},
             **{name: blocks.assemble(net, {}, dict.fromkeys(gone, len(blocks.BLOCKS)))
                for name, gone in fewer.items()}}
-    cost = time_whole(job, profile, nets)[0]
-    if not any(cost.values()):
-        cost = {name: sizes(net, job.config.frame)["gmacs"] for name, net in nets.items()}
-    cost = {name: math.inf if value is None else value for name, value in cost.items()}
-    fit = lambda names: nearest_below({name: cost[name] for name in names}, cost["chosen"])
-    return widths.get(fit(widths)), fewer.get(fit(fewer))
+    timed = lambda names: time_whole(job, profile, {**chosen, **{name: nets[name] for name in names}})[0]
+    if job.config.target == "qai-hub" and timed([])["chosen"] is not None:
+        ms = lambda name: math.inf if timed([name])[name] is None else timed([name])[name]
+        limit = timed([])["chosen"]
+        found = [[None, *names][bisect.bisect_right(list(names), limit, key=ms)] for names in (widths, fewer)]
+    else:
+        cost = timed(nets)
+        if cost["chosen"] is None:
+            cost = {name: sizes(net, job.config.frame)["gmacs"] for name, net in {**chosen, **nets}.items()}
+        found = [nearest_below({name: cost[name] for name in names}, cost["chosen"])
+                 for names in (widths, fewer)]
+    return widths.get(found[0]), fewer.get(found[1])
 
 
 def configurations(config, penalty, chosen, score_all):
@@ -1805,9 +1818,9 @@ def control_plan(job, base, saliency, profile, distill, found, finetune):
     scored = {tuple(row["options"]): row["loss_db"] for row in found["evaluations"]}
     _, score = scorer(net, trained_surrogates(net, distill, config.seed), sites, val, job.device)
     score_all = functools.partial(score_new, score, scored, lambda: None)
-    chosen = blocks.deploy(chosen_net(finetune, job.device))
-    width, gone = first(lambda: as_fast(job, profile, base["arch"], net, chosen,
-                                        least_salient(saliency["scores"])))
+    chosen, _ = deployed_nets(job, {"chosen": chosen_net(finetune, job.device)})
+    order = least_salient(saliency["scores"])
+    width, gone = first(lambda: as_fast(job, profile, base["arch"], net, chosen, order))
     choice, slow = finetune["choice"], "none is as fast"
     equal = configurations(config, penalty, tuple(choice[site] for site in sites), score_all)
     untrained = "not trained: --control-scratch" if config.weights and not config.control_scratch else ""
@@ -1816,7 +1829,7 @@ def control_plan(job, base, saliency, profile, distill, found, finetune):
     rows = [row("base"), row("base, more steps"), row("chosen", choice),
             row("narrower", {}, untrained or slow * (width is None), width, True),
             row("shallower", dict.fromkeys(gone or [], len(blocks.BLOCKS)), slow * (gone is None)),
-            *(row(name, choice_of(sites, options or []), slow * (options is None))
+            *(row(name, choice_of(sites, options or []), "no other of this latency" * (options is None))
               for name, options in equal.items()),
             row("chosen, from scratch", choice, untrained, None, True)]
     swaps = sum(map(len, search.available(penalty))) - len(sites)
@@ -1828,8 +1841,12 @@ def seconds_per_step(job, net, count=4):
     config, times = job.config, []
     batch = crops(job.pairs("train"), 0, config.crop, max(1, config.batch // world()))(0)
     batch = [as_batch(images, job.device) for images in batch]
-    blocks.train(net, lambda step: batch, count, 1e-9, config.amp,
-                 each=lambda *_: times.append(time.perf_counter()))
+
+    def each(step, losses, make):
+        losses["psnr"].sum().item()               # a GPU is waited for
+        times.append(time.perf_counter())
+
+    blocks.train(net, lambda step: batch, count, 1e-9, config.amp, each=each)
     return statistics.median(np.diff(times))
 
 
@@ -1844,16 +1861,19 @@ def trained_control(job, base, distill, control):
     surrogates = trained_surrogates(net, distill, config.seed)
     if control["scratch"]:
         arch = {**base["arch"], "width": control["width"] or base["arch"]["width"]}
-        net = new_net(**arch, seed=config.seed).to(job.device)
+        net = new_net(**{**arch, "window": None}, seed=config.seed).to(job.device)     # the base's came later
         surrogates = {site: {k: blocks.new_surrogate(net, site, k, config.seed)}
                       for site, k in control["choice"].items()}
     start = blocks.assemble(net, surrogates, control["choice"])
     if control["scratch"]:
         start = trained(job, start, config.base_steps, config.base_lr, f"control: {name}",
                         file.format("-base"), config.seed)
+        blocks.set_window(start, base["arch"]["window"])
     tuned = trained(job, start, config.finetune_steps, config.finetune_lr, f"control: {name}",
                     file.format(""), config.seed + 4)
     db = [evaluate(each, job.pairs("val"), job.device, with_ssim=False)["psnr_db"] for each in (start, tuned)]
+    if math.isnan(db[1]):
+        raise InputError(f"control: {name} diverged")
     return tuned, db
 
 
@@ -1865,7 +1885,7 @@ def swaps_of(choice):
 def control_nets(job, controls, base, distill, finetune):
     """{name: (net, its validation PSNR in dB before and after fine-tuning)} of the controls that there are.
 
-    Those that come out alike are trained once.
+    Those that come out alike are trained once; one that diverges is left out.
     """
     config, picked, base_db = job.config, finetune["candidates"][finetune["picked"]], base["val"]["psnr_db"]
     chosen = chosen_net(finetune, job.device), [picked["val_before_db"], picked["val_after_db"]]
@@ -1877,8 +1897,14 @@ def control_nets(job, controls, base, distill, finetune):
     say(f"control: {len(todo)} nets to train, {scratch} of them from scratch, {steps:,} steps in all: about "
         f"{minutes:.0f} minutes at the base net's pace, less what is done already")
     for control in todo:
-        key = control["name"] if control["scratch"] else swaps_of(control["choice"])
-        alike[key] = made[control["name"]] = alike.get(key) or trained_control(job, base, distill, control)
+        name = control["name"]
+        key = name if control["scratch"] else swaps_of(control["choice"])
+        try:
+            alike[key] = made[name] = alike.get(key) or trained_control(job, base, distill, control)
+        except InputError as error:
+            if "diverged" not in str(error):
+                raise
+            say(f"{error}; so this control is left out")
     return made
 
 
@@ -1926,15 +1952,16 @@ def stage_control(job, base, saliency, profile, distill, search, finetune):
     """Is the search worth it? Other nets of the chosen net's latency, trained alike; after all."""
     plan = resumed(job, "control.plan.part", "planned")
     if not plan:
-        plan = control_plan(job, base, saliency, profile, distill, search, finetune)
+        plan = first(lambda made=control_plan(job, base, saliency, profile, distill, search, finetune): made)
         first(lambda: saved(job.out / "control.plan.part", plan, job.head))
+    job = job._replace(head={**job.head, "inputs": {**job.head["inputs"], "the plan": digest(plan)}})
     made = control_nets(job, plan["controls"], base, distill, finetune)
-    nets = {name: blocks.deploy(net) for name, (net, _) in made.items()}
+    nets = deployed_nets(job, {name: net for name, (net, _) in made.items()})[0]
     ms, where, _ = first(lambda: time_whole(job, profile, nets))
     scores = scored_together(job, nets, {"test": job.pairs("test"), **named_pairs(job.config)})
     rows = [control_row(job.config, control, nets[name], ms[name], made[name][1], scores[name],
-                        scores["chosen"]) if (name := control["name"]) in nets else control
-            for control in plan["controls"]]
+                        scores["chosen"]) if (name := control["name"]) in nets else
+            {**control, "missing": control["missing"] or "diverged"} for control in plan["controls"]]
     tau, count = score_tau(saliency["sites"], finetune["candidates"], rows)
     return {"rows": rows, "single_swaps": plan["single_swaps"], "tau": tau, "tuned": count,
             "measured_on": where, "protocol": protocol(base["arch"]["window"])}
@@ -2109,17 +2136,20 @@ def hub_table(found):
 
 def device_section(evaluate):
     """What the phone did with the whole nets, and with pictures -> Markdown parts, none for other targets."""
-    found = evaluate["sums"].get("hub", {})
+    found = evaluate["sums"].get("hub")
+    if not found:
+        return []
     pictures = {name: found[name]["pictures"] for name in ("base", "chosen")
                 if found.get(name, {}).get("pictures")}
     rows = [[name, str(p["pairs"]), *(f"{p[key]:.2f}" for key in ("device_db", "here_db", "agreement_db"))]
             for name, p in pictures.items()]
     lines = [f"- {name}: the device's pictures have {p['agreement_db']:.1f} dB against ours, which is less "
-             "than 40: it computes another net." for name, p in pictures.items() if p["agreement_db"] < 40]
+             "than 40: it computes another net." for name, p in pictures.items()
+             if not p["agreement_db"] >= 40]      # not a number where it overflows
     lines += [f"- {name}: {line}." for name in ("base", "chosen") for line in evaluate[name]["float16"]]
     head = ["validation pictures", "count", "PSNR there, dB", "PSNR here, dB", "there against here, dB"]
     return ["## On the device", *hub_table(found), *[markdown(head, rows)] * bool(rows),
-            *["\n".join(lines)] * bool(lines)] if found else []
+            *["\n".join(lines)] * bool(lines)]
 
 
 def latency_section(table):
@@ -2273,15 +2303,22 @@ def control_kind(row):
     return " ".join(map(str, row["choice"].values())) or "no swap"
 
 
+def ahead_words(row):
+    """How far ahead of the chosen net a control is, with its 95 % interval."""
+    spread = " [{:+.2f}, {:+.2f}]".format(*row["interval_db"]) if row["interval_db"] else ""
+    return f"{row['ahead_db']:+.2f} dB{spread}"
+
+
 def control_words(control):
     """Which controls of the chosen net's latency are better than it, or which comes nearest, in one line."""
     rows = {row["name"]: row for row in control["rows"] if not row["missing"]}
     own, key = rows["chosen"], "gmacs" if rows["chosen"]["latency_ms"] is None else "latency_ms"
     alike = "of no more GMACs than" if key == "gmacs" else "as fast as"
     rivals = sorted((row for name, row in rows.items() if name not in ("base", "base, more steps", "chosen")
-                     and row[key] <= 1.03 * own[key]), key=lambda row: -row["ahead_db"])
+                     and row[key] is not None and row[key] <= 1.03 * own[key]),
+                    key=lambda row: -row["ahead_db"])
     better = [row for row in rivals if row["ahead_db"] > 0]
-    listed = ", ".join(f"{row['name']} ({control_kind(row)}) {row['ahead_db']:+.2f} dB"
+    listed = ", ".join(f"{row['name']} ({control_kind(row)}) {ahead_words(row)}"
                        for row in better or rivals[:1])
     words = f"No control {alike} the chosen net (3 % allowed) is better; best: {listed or 'none'}."
     if better:
@@ -2294,12 +2331,12 @@ def control_cells(row, base_ms):
     what = [row["name"], row["missing"] or control_kind(row)]
     if row["missing"]:
         return what + [""] * 8
-    ms, spread = row["latency_ms"], row["interval_db"]
+    ms = row["latency_ms"]
     return [*what, f"{row['params'] / 1e6:.3f}", f"{row['gmacs']:.2f}",
-            *(["", ""] if ms is None else [f"{ms:.1f}", f"{base_ms / ms:.2f}"]),
+            "" if ms is None else f"{ms:.1f}", f"{base_ms / ms:.2f}" if base_ms and ms else "",
             "" if row["scratch"] else f"{row['val_before_db']:.2f}", f"{row['psnr_db']:.2f}",
             f"{row['ssim']:.4f}",
-            f"{row['ahead_db']:+.2f}" + (" [{:+.2f}, {:+.2f}]".format(*spread) if spread else ""),
+            ahead_words(row).replace(" dB", ""),
             *(score_cell(score) for score in row["tests"].values())]
 
 
@@ -2326,8 +2363,9 @@ def control_section(config, control):
     between = " (95 %: {:+.2f} to {:+.2f})".format(*base["interval_db"]) if base["interval_db"] else ""
     where = [measured_on(control["measured_on"])] * (base["latency_ms"] is not None)
     return ["## Is the search worth it?", control_words(control), control_table(control),
-            f"All but base and chosen had the {config.finetune_steps} steps of fine-tuning that candidates "
-            f"have; narrower and from scratch, before that, {config.base_steps} steps as the base had them. "
+            f"All but the base had {config.finetune_steps} steps of fine-tuning, the chosen net as a "
+            f"candidate; narrower and from scratch, before that, {config.base_steps} steps of a base's "
+            "training, with batch norms that do nothing, since no distillation gave them statistics. "
             "Narrower: the width whose latency is nearest the chosen net's and not above it. Shallower: "
             "without the least salient blocks, as few as bring that latency. One option everywhere: the best "
             "as scored of those predicted to be no slower. Budgeted sum: what promises the least loss at the "
@@ -2757,7 +2795,7 @@ def finish(job, name, payload):
 def clean(out):
     """Remove what a run that was killed while it wrote a file left of it."""
     for path in out.iterdir():
-        if re.fullmatch(r"(\.[\w.]+\.(pt|pt2|json|md|svg|png|part)|profile_jobs\.json)\.\d+", path.name):
+        if re.fullmatch(r"(\.[\w.-]+\.(pt|pt2|json|md|svg|png|part)|profile_jobs\.json)\.\d+", path.name):
             path.unlink(missing_ok=True)
 
 
@@ -2809,8 +2847,8 @@ def conclude(config, last, out, known):
                  *test_tables(metrics["tests"], gmacs, config.frame), wish_list(found)]
     elif last == "control":
         control = current(out, config, "control", known, "control")
-        print(f"{control_table(control)}\n\n{control_words(control)}\n\nThe report shows this as well:\n"
-              f"  python hwdeblur.py --stage report --out {out}")
+        print(f"{control_table(control)}\n\n{control_words(control)}\n\n"
+              "The report shows this as well: the same command with --stage report.")
         return
     elif last == "finetune" and config.from_:
         text = adapted_text(config, current(out, config, "finetune", known, "finetune"))

@@ -1164,6 +1164,16 @@ class AIHub(unittest.TestCase):
         with self.assertRaisesRegex(profile_device.HubError, "base net does not run .*operator unknown"):
             self.table("mid.0", inside=True, runtime="onnx")
 
+    def test_pictures_that_are_not_numbers_are_told_and_old_metrics_have_none(self):
+        picture = {"pairs": 1, "device_db": math.nan, "here_db": 30.0, "agreement_db": math.nan}
+        result = {**profile_device.NOTHING, "ms": 2.0, "layers": [{"compute_unit": "NPU"}], "url": "u",
+                  "pictures": picture}
+        evaluated = {"base": {"float16": ["x"]}, "chosen": {"float16": []}, "sums": {"hub": {"base": result}}}
+        text = "\n".join(hwdeblur.device_section(evaluated))
+        self.assertRegex(text, "- base: the device's pictures have nan dB against ours.*\n- base: x.")
+        self.assertIn("| 1 NPU  |", text)
+        self.assertEqual(hwdeblur.device_section({"base": {}, "chosen": {}, "sums": {}}), [])
+
     def test_pictures_come_back_and_are_judged(self):
         x, y = [np.full((1, 3, 4, 4), v, np.float32) for v in (0.25, 0.5)], []
         self.hub.noise = 0.125
@@ -1252,6 +1262,13 @@ class AIHub(unittest.TestCase):
         self.assertRegex(report, r"peak MB")
         self.assertIn("falls back to the CPU", report)
         self.assertIn(f"times {table['scale']:.2f}, since together they take longer alone", report)
+        self.assertEqual(hwdeblur.main([*args, "control", "--controls", "1"]), 0, self.said.getvalue())
+        rows = {row["name"]: row for row in json.loads((out / "control.json").read_text())["rows"]}
+        self.assertEqual([rows[name]["latency_ms"] for name in ("base", "chosen")],
+                         [metrics[name]["latency_ms"] for name in ("base", "chosen")])
+        self.assertGreater(rows["base"]["latency_ms"], rows["narrower"]["latency_ms"])
+        self.assertEqual(rows["base, more steps"]["latency_ms"], rows["base"]["latency_ms"])
+        (out / "control.json").unlink()
         (out / "report.md").unlink()
         jobs = len(self.hub.jobs)
         self.assertEqual(hwdeblur.main([*args, "all"]), 0)
@@ -2106,20 +2123,25 @@ class Controls(unittest.TestCase):
     def test_narrower_and_shallower_are_the_slowest_that_are_no_slower(self):
         net, order = small_net(), ["mid.0", "enc0.0", "dec1.0"]
         arch = {**blocks.architecture(net.state_dict()), "window": None}
-        job, ms = mock.Mock(config=hwdeblur.Config(frame=(16, 16))), {
-            "chosen": 5.0, "width 2": 4.0, "width 4": 5.0, "without 0 blocks": 9.0, "without 1 blocks": None,
-            "without 2 blocks": 4.9, "without 3 blocks": 1.0}
-        job.device = "cpu"
-        fit = lambda cost: mock.patch.object(hwdeblur, "time_whole", lambda job, table, nets: (
-            self.assertEqual(set(nets), set(ms)) or dict.fromkeys(nets) | cost, None, None))
-        with fit(ms):
-            self.assertEqual(hwdeblur.as_fast(job, {}, arch, net, net, order), (4, order[:2]))
-        with fit({**ms, "chosen": 0.5}):
-            self.assertEqual(hwdeblur.as_fast(job, {}, arch, net, net, order), (None, None))
-        with fit({}):                             # nothing is measured: GMACs
-            self.assertEqual(hwdeblur.as_fast(job, {}, arch, net, net, order), (4, []))
-            chosen = blocks.assemble(net, {}, {"mid.0": blocks.NO_BLOCK})
-            self.assertEqual(hwdeblur.as_fast(job, {}, arch, net, chosen, order), (2, order[:1]))
+        ms, jobs = {"chosen": 5.0, "width 2": 4.0, "width 4": 5.0, "without 0 blocks": 9.0,
+                    "without 1 blocks": 7.0, "without 2 blocks": 4.9, "without 3 blocks": 1.0}, set()
+
+        def found(cost, chosen=net, target="local"):
+            job = mock.Mock(config=hwdeblur.Config(frame=(16, 16), target=target), device="cpu")
+            fake = lambda job, table, nets: (jobs.update(nets) or {n: cost.get(n) for n in nets}, 0, 0)
+            with mock.patch.object(hwdeblur, "time_whole", fake):
+                return hwdeblur.as_fast(job, {}, arch, net, {"chosen": chosen}, order)
+
+        for target in ("local", "qai-hub"):
+            jobs.clear()
+            self.assertEqual(found(ms, target=target), (4, order[:2]))
+            self.assertEqual(len(jobs), 7 if target == "local" else 4)        # bisected: each is a job
+            self.assertEqual(found({**ms, "chosen": 0.5}, target=target), (None, None))
+        self.assertEqual(found({**ms, "width 4": None}, target="qai-hub"), (2, order[:2]))
+        for target in ("paper", "qai-hub"):       # nothing is measured: GMACs
+            self.assertEqual(found({"width 2": 3.0}, target=target), (4, []))
+            lean = blocks.assemble(net, {}, {"mid.0": blocks.NO_BLOCK})
+            self.assertEqual(found({}, lean, target), (2, order[:1]))
 
     def test_configurations_have_the_latency_of_the_chosen_one(self):
         penalty = [np.array([0.5, 0.4, 0.2, math.inf])] + [np.array([0.25, 0.2, 0.1, 0.15])] * 2
@@ -2142,7 +2164,7 @@ class Controls(unittest.TestCase):
 
     def row(self, name, ms, ahead_db, **more):
         return {"name": name, "missing": "", "choice": {}, "width": None, "latency_ms": ms, "scratch": False,
-                "ahead_db": ahead_db, **more}
+                "ahead_db": ahead_db, "interval_db": None, **more}
 
     def test_a_control_that_wins_is_named_first(self):
         rows = [self.row("base", 20, 0.2), self.row("base, more steps", 20, 0.3), self.row("chosen", 10, 0),
@@ -2150,9 +2172,10 @@ class Controls(unittest.TestCase):
         self.assertEqual(hwdeblur.control_words({"rows": rows}),
                          "No control as fast as the chosen net (3 % allowed) is better; best: narrower "
                          "(width 12) -0.10 dB. The base net with as many steps more: +0.30 dB.")
-        rows += [self.row("random 1", 9, 0.02, choice={"a": 3, "b": 0}), {"name": "x", "missing": "none"}]
-        self.assertRegex(hwdeblur.control_words({"rows": rows}),
-                         r"^Controls as fast .* are better: random 1 \(3 0\) \+0.02 dB. The base")
+        rows += [self.row("random 1", 9, 0.02, choice={"a": 3, "b": 0}, interval_db=[-0.01, 0.05]),
+                 {"name": "x", "missing": "none"}, self.row("random 2", None, 0.9)]
+        told = hwdeblur.control_words({"rows": rows})
+        self.assertRegex(told, r"^Controls .* are better: random 1 \(3 0\) \+0.02 dB \[-0.01, \+0.05\]. The")
 
     def test_tau_counts_each_configuration_once_and_no_net_from_scratch(self):
         rows = [self.row("base", 1, 0, val_before_db=9, val_after_db=0), *(
@@ -2160,7 +2183,8 @@ class Controls(unittest.TestCase):
             self.row("narrower", 1, 0, scratch=True, val_before_db=9, val_after_db=0)]
         candidates = [{"options": (2,), "val_before_db": 2, "val_after_db": 4},
                       {"options": (3,), "val_before_db": 3, "val_after_db": 0.5}]
-        self.assertEqual(hwdeblur.score_tau(["a"], candidates, rows), (1 / 3, 4))
+        tau, count = hwdeblur.score_tau(["a"], candidates, rows)
+        self.assertEqual((round(tau, 9), count), (round(1 / 3, 9), 4))
 
     def test_the_interval_is_of_the_mean(self):
         values = np.random.default_rng(0).normal(2, 1, 400)
@@ -3006,6 +3030,19 @@ class Whole(unittest.TestCase):
         self.refused("control.json was made with --controls 2", "--stage", "report", *flags[:-1], 1, out=out)
         _, said = self.done("--stage", "all", "--target", "paper", *TINY, "--evaluations", 25, out=out)
         self.assertRegex(said, "report: .*control.json was made .*, so it is left out")
+
+    def test_a_control_that_diverges_is_left_out(self):
+        out, trained = self.copied("diverged_control"), hwdeblur.trained
+
+        def fails(job, start, steps, lr, label, *more):
+            if label == "control: narrower":
+                raise hwdeblur.InputError("narrower diverged")
+            return trained(job, start, steps, lr, label, *more)
+
+        with mock.patch.object(hwdeblur, "trained", fails):
+            printed, said = self.done("--stage", "control", "--target", "paper", *TINY, out=out)
+        self.assertIn("narrower diverged; so this control is left out", said)
+        self.assertRegex(printed, r"\| narrower +\| diverged +\|")
 
     def test_controls_of_weights_that_were_not_trained_here(self):
         weights, out = self.out.parent / "w.pth", self.out.parent / "controlled"
