@@ -11,9 +11,7 @@ asked for): this file can be copied by itself.
 import argparse
 import contextlib
 import copy
-import datetime
 import difflib
-import functools
 import hashlib
 import inspect
 import json
@@ -27,12 +25,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 # Table 2 of the paper: Alt-0 (the NAF block) to Alt-6 on a Samsung Galaxy S24 Ultra; table 3: 177 ms.
@@ -57,11 +53,9 @@ class HubFull(HubError):
 
 def stamp(x):
     """The time now: a CUDA event where x lives on a GPU, the wall clock elsewhere."""
-    if not x.is_cuda:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(x.device))
-    return event
+    if x.is_cuda:
+        return torch.cuda.current_stream(x.device).record_event(torch.cuda.Event(enable_timing=True))
+    return time.perf_counter()
 
 
 def milliseconds(start, end):
@@ -73,11 +67,9 @@ def milliseconds(start, end):
 
 
 def keep_memory():
-    """Make the C library keep freed memory: a freed block of 31 MiB raises glibc's dynamic threshold.
-
-    Below it, whether an activation is page-faulted anew in every call depends on what ran before, and a
-    block took up to three times as long inside one process as inside another. Harmless elsewhere.
-    """
+    """Make the C library keep freed memory: a freed block of 31 MiB raises glibc's dynamic threshold."""
+    # Below it, whether an activation is page-faulted anew in every call depends on what ran before, and a
+    # block took up to three times as long inside one process as inside another. Harmless elsewhere.
     torch.empty(31 * 2 ** 20, dtype=torch.uint8)
 
 
@@ -89,12 +81,10 @@ def call_ms(function, x):
 
 
 def time_together(entries, device="cpu", rounds=20, warmup=3, calls=4):
-    """{name: (module, shape)} -> {name: [ms, one per round]}.
+    """{name: (module, shape)} -> {name: [ms, one per round]}; every round visits each module.
 
-    Every round visits each module, so that a machine that drifts does so under all of them alike, in an
-    order of its own, so that none always follows the same other. Of the `calls` of a visit the first counts
-    for nothing (its caches are cold) and the best of the others counts. With 1, that one counts: right for
-    whole nets, which fill the caches themselves, so that time is better spent on rounds.
+    Of the `calls` of a visit the best counts, but never the first, whose caches are cold. With 1, that one
+    counts: right for whole nets, which fill the caches themselves, so that time is better spent on rounds.
     """
     keep_memory()
     generator = torch.Generator().manual_seed(0)
@@ -102,68 +92,45 @@ def time_together(entries, device="cpu", rounds=20, warmup=3, calls=4):
         memory_format=torch.channels_last) for name, (_, shape) in entries.items()}
     times, names = {name: [] for name in entries}, list(entries)
     with torch.inference_mode():
-        for turn in range(-warmup, rounds):
-            for i in torch.randperm(len(names), generator=generator):
-                name = names[i]
-                visit = [call_ms(entries[name][0], inputs[name]) for _ in range(calls)]
+        for turn in range(-warmup, rounds):       # a machine that drifts does so under all of them alike
+            for i in torch.randperm(len(names), generator=generator):    # none always follows the same other
+                visit = [call_ms(entries[names[i]][0], inputs[names[i]]) for _ in range(calls)]
                 if turn >= 0:
-                    times[name].append(min(visit[1:] or visit))
+                    times[names[i]].append(min(visit[1:] or visit))
     return times
 
 
 def time_local(module, shape, device="cpu", rounds=20, warmup=3):
-    """Median milliseconds of module(x), x random of `shape`, channels_last, batch 1 unless shape says so.
-
-    The module is used as it is (mode and format); to compare several, use `time_together`.
-    """
+    """Median ms of module(x) as it is, x random of `shape`, channels_last; for several: `time_together`."""
     return statistics.median(time_together({0: (module, shape)}, device, rounds, warmup)[0])
 
 
 def settled(times):
-    """{name: [ms, one per round]} -> {name: lower quartile in ms, the pace of each round divided out}.
-
-    A round's pace is the lower quartile, over the names, of its time over the name's own: where a machine
-    slows down it does so under all alike, and that tells nothing about any one of them. Lower quartiles,
-    since other programs only ever make a call slower: as long as well over a fourth of the calls are spared,
-    the rest do not count.
-    """
+    """{name: [ms, one per round]} -> {name: lower quartile in ms, the pace of each round divided out}."""
+    # A round's pace is the lower quartile, over the names, of its time over the name's own: a machine slows
+    # down under all of them alike. Lower quartiles, since other programs only ever make a call slower: as
+    # long as well over a fourth of the calls are spared, the rest do not count.
     ms = torch.tensor(list(times.values()), dtype=torch.float64)                    # (names, rounds)
     pace = (ms / ms.quantile(0.25, 1, keepdim=True)).quantile(0.25, 0)              # (rounds,)
     return dict(zip(times, (ms / pace).quantile(0.25, 1).tolist()))
 
 
-def relative_spread(samples):
-    """Interquartile range over median."""
-    quarters = statistics.quantiles(samples, n=4)
-    return (quarters[2] - quarters[0]) / quarters[1]
-
-
-def cpu_model():
-    """Architecture and, on Linux, model of this machine's CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return " ".join([platform.machine(), *models[:1]])
-
-
 def machine(device):
-    """What a local table was measured on."""
-    on_gpu = torch.device(device).type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU {cpu_model()}"
-    return {"device": name, "runtime": f"torch {torch.__version__}", "precision": "float32",
-            **({} if on_gpu else {"threads": torch.get_num_threads()}),
-            "date": datetime.date.today().isoformat()}
+    """What a local table was measured on; of a CPU the architecture and, on Linux, the model."""
+    on_gpu, info = torch.device(device).type == "cuda", Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if os.access(info, os.R_OK) else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    cpu = " ".join(["CPU", platform.machine(), *models[:1]])
+    return {"device": torch.cuda.get_device_name(device) if on_gpu else cpu,
+            "runtime": f"torch {torch.__version__}", "precision": "float32",
+            **({} if on_gpu else {"threads": torch.get_num_threads()}), "date": time.strftime("%Y-%m-%d")}
 
 
 def alone(call, *args, **kwargs):
-    """call(*args, **kwargs) in a fresh Python process with as many threads; else here, after saying so.
-
-    Where the C library puts a tensor, and so which caches it meets, depends on all that a process did before:
-    once it had trained a net, some blocks took up to 1.3 times as long. Everything passed, and returned, is
-    pickled. Not a process of `multiprocessing`: that would run the caller's script once more.
-    """
+    """call(*args, **kwargs), pickled, in a fresh Python process with as many threads; else here, told why."""
+    # Where the C library puts a tensor, and so which caches it meets, depends on what a process did before:
+    # once it had trained a net, some blocks took up to 1.3 times as long. Not a process of `multiprocessing`:
+    # that would run the caller's script once more.
     child = ("import sys; sys.path.pop(0); import pickle; load = lambda: pickle.load(sys.stdin.buffer); "
              "sys.path[:] = load(); out, sys.stdout = sys.stdout.buffer, sys.stderr; import torch; "
              "torch.set_num_threads(load()); call, args, kwargs = load(); "
@@ -196,64 +163,46 @@ def inputs_of(net, sites, images):
 
 
 def distinct_modules(net, blocks, frame, deploy, device):
-    """What has to be measured -> (keys {site: [key per option]}, {key: (deployed module, input shape)}).
-
-    Key: (block type, input shape), so that equal blocks are measured once; the whole net is "net", last.
-    """
-    net = deploy(net).to(device)
-    met = inputs_of(net, list(blocks), [torch.zeros(1, 3, *frame)])
-    shapes = {site: x.shape for site, (x,) in met.items()}
-    keys = {site: [(type(block).__name__, shapes[site]) for block in row] for site, row in blocks.items()}
-    entries = {}
+    """What has to be measured -> (keys {site: [key per option]}, {key: (deployed module, input shape)})."""
+    net, entries = deploy(net).to(device), {}
+    met = inputs_of(net, blocks, [torch.zeros(1, 3, *frame)])
+    # Blocks of one type and input shape are equal, and measured once; the whole net is "net", last.
+    keys = {site: [(type(each).__name__, met[site][0].shape) for each in row] for site, row in blocks.items()}
     for site, row in blocks.items():
         for key, block in zip(keys[site], row):
-            if key not in entries:
-                entries[key] = (deploy(block).to(device), shapes[site])
+            entries[key] = entries.get(key) or (deploy(block).to(device), key[1])
     return keys, {**entries, "net": (net, (1, 3, *frame))}
 
 
-def block_places(net, sites):
-    """[(parent module, attribute)] of the blocks at `sites`."""
-    names = {module: name.rpartition(".") for name, module in net.named_modules()}
-    return [(net.get_submodule(names[net.blocks()[site]][0]), names[net.blocks()[site]][2]) for site in sites]
-
-
-def run_spans(net, x, spans):
-    """One call of a net whose hooks note spans {key: [[start, end], ...]} -> {key: mean ms}."""
-    spans.clear()
-    net(x)
-    return {key: statistics.fmean(milliseconds(*span) for span in pairs) for key, pairs in spans.items()}
+def submodule_name(net, site):
+    return next(name for name, module in net.named_modules() if module is net.blocks()[site])
 
 
 def time_in_place(keys, entries, device="cpu", rounds=60, warmup=3):
-    """What `distinct_modules` gives -> {key: [ms, one per round]}, every block timed inside the whole net.
-
-    Every round calls the net once per option, that option at every site, so that drift hits all alike.
-    A block that is called over and over by itself finds its input in the cache and the memory of its output
-    just freed; inside a net, where skip connections hold on to theirs, it does not, and sums of times taken
-    alone rank whole nets worse. Alters the net in `entries`.
-    """
+    """What `distinct_modules` gives -> {key: [ms, one per round]}; the net in `entries` is altered."""
+    # A block that is called over and over by itself finds its input in the cache and the memory of its output
+    # just freed; inside a net, where skip connections hold on to theirs, it does not, and sums of times taken
+    # alone rank whole nets worse.
     keep_memory()
-    (net, shape), spans = entries["net"], {}
-    places, generator = block_places(net, keys), torch.Generator().manual_seed(0)
-    x = torch.rand(shape, generator=generator).to(device)
+    (net, shape), spans, times = entries["net"], {}, {key: [] for key in entries}
+    names, originals = [submodule_name(net, site) for site in keys], tuple(row[0] for row in keys.values())
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
     for key, (module, _) in entries.items():
         module.register_forward_pre_hook(lambda *_, key=key: spans.setdefault(key, []).append([stamp(x)]))
         module.register_forward_hook(lambda *_, key=key: spans[key][-1].append(stamp(x)))
-    times = {key: [] for key in entries}
     with torch.inference_mode():
         for turn in range(-warmup, rounds):
             seen = {}                             # {key: [ms]}: a block type may be several options
-            for options in zip(*keys.values()):
-                for (parent, name), key in zip(places, options):
-                    setattr(parent, name, entries[key][0])
-                first = options == tuple(row[0] for row in keys.values())
-                for key, ms in run_spans(net, x, spans).items():
-                    if first or key != "net":
-                        seen.setdefault(key, []).append(ms)
-            if turn >= 0:
-                for key, ms in seen.items():
-                    times[key].append(statistics.fmean(ms))
+            for options in zip(*keys.values()):   # that option at every site, so that drift hits all alike
+                for name, key in zip(names, options):
+                    net.set_submodule(name, entries[key][0])
+                spans.clear()
+                net(x)
+                for key, pairs in spans.items():
+                    if key != "net" or options == originals:
+                        seen.setdefault(key, []).append(statistics.fmean(milliseconds(*p) for p in pairs))
+            for key, ms in seen.items() if turn >= 0 else ():
+                times[key].append(statistics.fmean(ms))
     return times
 
 
@@ -270,14 +219,15 @@ def whole_net(base_ms, sites):
 
 
 def local_timing(net, blocks, frame, deploy, device, rounds):
-    """Times on `device`; equal (block type, shape) share one."""
+    """Times on `device`; equal (block type, shape) share one; spread: interquartile range over median."""
     keys, entries = distinct_modules(net, blocks, frame, deploy, device)
     times = time_in_place(keys, entries, device, rounds)
     ms = settled(times)
     sites = {site: [ms[key] for key in row] for site, row in keys.items()}
+    spread = lambda q1, q2, q3: (q3 - q1) / q2
     return {**machine(device), "sites": sites, **whole_net(ms["net"], sites),
             "statistic": "lower quartile of interleaved rounds, the pace of each divided out",
-            "rounds": rounds, "spread": max(relative_spread(samples) for samples in times.values())}
+            "rounds": rounds, "spread": max(spread(*statistics.quantiles(t)) for t in times.values())}
 
 
 # ----------------------------------------------------------------------------- Qualcomm AI Hub: jobs
@@ -294,10 +244,6 @@ def title(module, shape):
     return f"{getattr(module, 'name', type(module).__name__)} {'x'.join(map(str, shape[1:]))}"
 
 
-def failure(result):
-    return f"{result['reason']} ({result['url']})"
-
-
 def parse_profile(profile):
     """Milliseconds of a profile that the client downloaded; its times are integers in microseconds."""
     time_us = profile.get("execution_summary", {}).get("estimated_inference_time")
@@ -306,21 +252,17 @@ def parse_profile(profile):
     return time_us / 1000
 
 
-def told(error):
-    """An exception of the client in one line. The texts of other libraries may quote the token: kept back."""
-    if type(error).__module__.split(".")[0] in ("qai_hub", "botocore"):
-        return " ".join(re.sub("[|┌─┐└┘]", " ", str(error)).split()).rstrip(".")
-    return (f"its client failed with {type(error).__name__}: check the network, and its configuration, which "
-            "`qai-hub configure --api_token TOKEN` writes")
-
-
 def ask(call, *args, **kwargs):
-    """call(...) of the client; whatever it raises becomes a HubError."""
+    """call(...) of the client; whatever it raises becomes a HubError of one line."""
     try:
         return call(*args, **kwargs)
     except Exception as error:
+        why = " ".join(re.findall(r"[^\s|┌─┐└┘]+", str(error))).rstrip(".")
+        if type(error).__module__.split(".")[0] not in ("qai_hub", "botocore"):     # may quote the token
+            why = (f"its client failed with {type(error).__name__}: check the network, and its "
+                   "configuration, which `qai-hub configure --api_token TOKEN` writes")
         kind = HubFull if type(error).__name__ == "RateLimitedError" else HubError
-        raise kind(f"AI Hub: {told(error)}; put that right and the same command goes on from here "
+        raise kind(f"AI Hub: {why}; put that right and the same command goes on from here "
                    "(--force submits anew)") from None
 
 
@@ -377,38 +319,32 @@ def show(session):
     print(f"{line:<79}" if live else line, end=end, file=sys.stderr, flush=True)
 
 
-def measured(job, data):
-    """What a finished inference job gives: time, memory, layers; of its outputs what `data.judge` says."""
-    profile = ask(job.download_profile)
+def outcome(job, status, data):
+    """What the last of a module's jobs gives: time, memory, layers, pictures as judged; or why not."""
+    if status.failure:
+        return {"reason": " ".join((status.message or "no reason given").split())}
+    profile, outputs = ask(job.download_profile), ask(job.download_output_data) if data.inputs else None
     peak = profile.get("execution_summary", {}).get("estimated_inference_peak_memory") or -1
-    pictures = None
-    if data.inputs:
-        outputs = ask(job.download_output_data)
-        if not outputs:
-            raise ValueError("the job returned no outputs")
-        pictures = data.judge(next(iter(outputs.values())))
-    return {"ms": parse_profile(profile), "layers": profile.get("execution_detail", []), "pictures": pictures,
-            "peak_mb": peak / 1e6 if peak > 0 else None, "version": getattr(job, "hub_version", "")}
+    try:
+        return {"ms": parse_profile(profile), "layers": profile.get("execution_detail", []),
+                "pictures": data.judge(next(iter(outputs.values()))) if outputs else None,
+                "peak_mb": peak / 1e6 if peak > 0 else None, "version": getattr(job, "hub_version", "")}
+    except ValueError as error:
+        return {"reason": str(error)}
 
 
 def look(note, jobs, data):
-    """Note what has come of one module's jobs; True when there is nothing more to wait for.
-
-    A failed job raises nothing in this client: all are asked, and a profile must hold a time.
-    """
-    note_end = functools.partial(note.update, {**NOTHING, "date": datetime.date.today().isoformat()})
-    for job in jobs:
+    """Note what has come of one module's jobs; True when there is nothing more to wait for."""
+    for job in jobs:                              # a failed one raises nothing in this client: all are asked
         status = ask(job.get_status)
-        if status.failure:
-            note_end(reason=" ".join((status.message or "no reason given").split()), url=job.url)
         if not status.success:
-            return status.failure
-        note["compiled"] = job is not jobs[-1]
-    try:
-        note_end(**measured(jobs[-1], data), reason=None, url=jobs[-1].url)
-    except ValueError as error:
-        note_end(reason=str(error), url=jobs[-1].url)
-    return True
+            break
+        if job in jobs[-2:-1]:
+            note["compiled"] = True
+    if status.finished:
+        found = outcome(job, status, data)
+        note.update({**NOTHING, "date": time.strftime("%Y-%m-%d"), "url": job.url, **found})
+    return status.finished
 
 
 def look_all(session):
@@ -423,25 +359,19 @@ def look_all(session):
     return len(session.running)
 
 
-def insist(session, submission):
-    """submission(); refused for the number of jobs (429), again as long as some of ours are running.
-
-    The client itself tries a refused submission seven times, some 15 s in all.
-    """
-    while True:
+def insist(session, call, *args, **kwargs):
+    """`ask`; what is refused for the number of jobs (429), again as long as some of ours are running."""
+    while True:                                   # the client itself tries seven times, some 15 s in all
         try:
-            return ask(submission)
+            return ask(call, *args, **kwargs)
         except HubFull:
             if not look_all(session):
                 raise
 
 
 def exported(module, shape):
-    """The module, on the CPU, as a torch.export program for one input of `shape`.
-
-    Its weights are contiguous, which is what converters expect; outputs are the same bits.
-    """
-    module = copy.deepcopy(module).to(memory_format=torch.contiguous_format)
+    """The module, on the CPU, as a torch.export program for one input of `shape`: the same bits come out."""
+    module = copy.deepcopy(module).to(memory_format=torch.contiguous_format)        # as converters expect
     return torch.export.export(module, (torch.zeros(shape),))
 
 
@@ -455,34 +385,31 @@ def upload(client, module, shape, name):
 
 def kinds_of_job(precision):
     """{kind: the client's type}, in order. What is quantised is made ONNX first, by the hub."""
-    from qai_hub import JobType
-    quantised = {} if precision == "float" else {"onnx": JobType.COMPILE, "quantize": JobType.QUANTIZE}
-    return {**quantised, "compile": JobType.COMPILE, "profile": JobType.INFERENCE}
+    quantised = {} if precision == "float" else {"onnx": "COMPILE", "quantize": "QUANTIZE"}
+    return {**quantised, "compile": "COMPILE", "profile": "INFERENCE"}
 
 
-def submission(session, kind, source, name, shape, data):
-    """The client's call that submits a job of this kind; source: a model, uploaded or from the job before."""
+def submitted(session, kind, source, name, shape, data):
+    """A new job of this kind; source: a model, uploaded or from the job before."""
     import qai_hub
-    client, target = session.client, qai_hub.Device(session.device)
+    client, target, int8 = session.client, qai_hub.Device(session.device), qai_hub.QuantizeDtype.INT8
     if kind == "quantize":
-        width = {"w8a8": qai_hub.QuantizeDtype.INT8, "w8a16": qai_hub.QuantizeDtype.INT16}[session.precision]
-        return functools.partial(client.submit_quantize_job, source, {"x": data.calibration()},
-                                 qai_hub.QuantizeDtype.INT8, width, name=name)
+        bits, given = {"w8a8": int8, "w8a16": qai_hub.QuantizeDtype.INT16}, {"x": data.calibration()}
+        return insist(session, client.submit_quantize_job, source, given, int8, bits[session.precision], name)
     if kind == "profile":
-        return functools.partial(client.submit_inference_job, source, target, name=name, retry=False,
-                                 inputs={"x": list(data.inputs)} if data.inputs else None, profile=True,
-                                 options=session.options)
-    options = "--target_runtime onnx" if kind == "onnx" else \
-              f"--target_runtime {session.runtime} {session.options}".strip()
-    return functools.partial(client.submit_compile_job, source, target, name=name, input_specs={"x": shape},
-                             options=options)
+        inputs = {"x": list(data.inputs)} if data.inputs else None
+        return insist(session, client.submit_inference_job, source, target, inputs, name, session.options,
+                      retry=False, profile=True)
+    runtime = "onnx" if kind == "onnx" else f"{session.runtime} {session.options}".strip()
+    return insist(session, client.submit_compile_job, source, target, name, {"x": shape},
+                  f"--target_runtime {runtime}")
 
 
 def submit(session, key, module, shape, data):
     """Submit what the notes lack -> [job of each kind]; an id is noted the moment it exists."""
     note, jobs = session.notes.setdefault(key, {}), []
     if "name" not in note:
-        note["name"] = f"{title(module, shape)} {uuid.uuid4().hex[:12]}"
+        note["name"] = f"{title(module, shape)} {os.urandom(6).hex()}"
         save_notes(session)
     try:
         for kind in kinds_of_job(session.precision):
@@ -490,8 +417,9 @@ def submit(session, key, module, shape, data):
                 jobs.append(ask(session.client.get_job, note[kind]))
                 continue
             name = f"{note['name']} {kind}"       # apart, since two of a module's jobs may be of one type
-            source = jobs[-1].get_target_model() if jobs else upload(session.client, module, shape, name)
-            jobs.append(insist(session, submission(session, kind, source, name, shape, data)))
+            source = (ask(jobs[-1].get_target_model) if jobs else
+                      upload(session.client, module, shape, name))
+            jobs.append(submitted(session, kind, source, name, shape, data))
             note[kind] = jobs[-1].job_id
             save_notes(session)
     except HubError:
@@ -500,23 +428,16 @@ def submit(session, key, module, shape, data):
     return jobs
 
 
-def recent_jobs(client, job_type):
-    """Summaries of the account's latest jobs; none where it may not list them."""
-    from qai_hub.client import UserError
-    try:
-        return client.get_job_summaries(limit=200, type=job_type)
-    except UserError:
-        return []
-
-
 def find_lost(session):
     """Note the ids of jobs whose creation was cut off before the answer came; jobs have unique names."""
+    from qai_hub.client import JobType, UserError
     begun = [session.notes[key] for key in session.keys if key in session.notes]
     for kind, job_type in kinds_of_job(session.precision).items():
         lost = {f"{note['name']} {kind}": note for note in begun if kind not in note}
-        for summary in ask(recent_jobs, session.client, job_type) if lost else ():
-            if summary.name in lost:
-                lost[summary.name][kind] = summary.job_id
+        with contextlib.suppress(UserError):      # not every account may list its jobs
+            for job in session.client.get_job_summaries(limit=200, type=JobType[job_type]) if lost else ():
+                if job.name in lost:
+                    lost[job.name][kind] = job.job_id
 
 
 def hub_client(device):
@@ -535,13 +456,12 @@ def hub_client(device):
 
 
 def job_key(module, shape, *how, data=Data()):
-    """What a result belongs to: the module's printed form, since no time depends on weights, and how it ran.
-
-    Where outputs are judged, weights and inputs count as well.
-    """
+    """What a result belongs to: a module's printed form, since no time depends on weights, and how it ran."""
     kind = hashlib.sha256(repr(module).encode())
-    for array in (*data.inputs, *(module.state_dict().values() if data.inputs else ())):
-        kind.update(torch.as_tensor(array).cpu().contiguous().numpy().tobytes())
+    if data.inputs:                               # weights and data count for what comes out
+        calibration = data.calibration() if data.calibration else ()
+        for array in (*data.inputs, *calibration, *module.state_dict().values()):
+            kind.update(torch.as_tensor(array).cpu().contiguous().numpy().tobytes())
     return ", ".join(filter(None, [f"{title(module, shape)} {kind.hexdigest()[:12]}", *how]))
 
 
@@ -552,20 +472,22 @@ def profile_hub(entries, device=HUB_DEVICE, runtime="tflite", jobs=None, force=F
     entries {name: (module in eval mode, input shape[, Data])} -> {name: {ms (None if a job failed), reason,
     url, date, layers, each with its compute_unit, peak_mb, version, pictures: what Data.judge said}}.
     precision: "float", or "w8a8" or "w8a16", which Data.calibration is for; options: for compile and
-    inference jobs. jobs: a JSON file that notes every job the moment it exists, so that a run that was cut
+    inference jobs; jobs: a JSON file that notes every job the moment it exists, so that a run that was cut
     off collects what it had submitted; force: submit anew all the same. The client finds its token by itself
     (~/.qai_hub/client.ini, or the file that QAIHUB_CLIENT_INI names). HubError.
     """
     entries = {name: (*entry, Data())[:3] for name, entry in entries.items()}
+    if precision == "float":
+        entries = {name: (module, shape, data._replace(calibration=None))
+                   for name, (module, shape, data) in entries.items()}
     how = (device, runtime, precision.replace("float", ""), options)
-    names = {name: job_key(*entry[:2], *how, data=entry[2]) for name, entry in entries.items()}
+    keys = {name: job_key(*entry[:2], *how, data=entry[2]) for name, entry in entries.items()}
     notes = read_notes(jobs)
-    todo = {names[name]: entry for name, entry in entries.items()
-            if force or "ms" not in notes.get(names[name], {})}
+    todo = {keys[n]: entry for n, entry in entries.items() if force or "ms" not in notes.get(keys[n], {})}
     if todo:
         client = hub_client(device)
         session = Session(client, device, runtime, precision, options, jobs, notes, tuple(todo), {})
-        find_lost(session)
+        ask(find_lost, session)
         for key, entry in todo.items():
             if force:
                 notes.pop(key, None)
@@ -576,7 +498,7 @@ def profile_hub(entries, device=HUB_DEVICE, runtime="tflite", jobs=None, force=F
         while look_all(session):
             time.sleep(pause)
             pause = min(10, 2 * pause)
-    return {name: {k: notes[key].get(k, v) for k, v in NOTHING.items()} for name, key in names.items()}
+    return {name: {k: notes[key].get(k, v) for k, v in NOTHING.items()} for name, key in keys.items()}
 
 
 # ------------------------------------------------------------------------------------ latency tables
@@ -586,12 +508,11 @@ def remarks(table):
     lines = []
     for name, found in table.get("modules", {}).items():
         where = f"{name} ({', '.join(found['sites'])})" if found.get("sites") else name
-        layers = found["layers"]
-        on_cpu = [layer["type"] or layer["name"] for layer in layers if layer["compute_unit"] == "CPU"]
+        on_cpu = [each["type"] or each["name"] for each in found["layers"] if each["compute_unit"] == "CPU"]
         if found["ms"] is None:
-            lines.append(f"{where} is unavailable: {failure(found)}")
+            lines.append(f"{where} is unavailable: {found['reason']} ({found['url']})")
         elif on_cpu:
-            lines.append(f"{where} falls back to the CPU in {len(on_cpu)} of {len(layers)} layers: "
+            lines.append(f"{where} falls back to the CPU in {len(on_cpu)} of {len(found['layers'])} layers: "
                          f"{', '.join(sorted(set(on_cpu)))}")
     if table.get("scale", 1.0) < 1:
         lines.append(f"timed alone, the blocks at the sites take {table['base_ms'] / table['scale']:.1f} ms, "
@@ -608,25 +529,25 @@ def without_zeros(module):
     return module
 
 
-def hub_alone(net, blocks, frame, deploy, calibration, **how):
-    """Every distinct block by itself -> (sites, `whole_net`, {what was profiled: result}) of a latency table.
+def must_run(name, result, device, runtime, **_):
+    """HubError where what is called `name` did not run."""
+    if result["ms"] is None:
+        raise HubError(f"the {name} does not run on {device} with {runtime}: {result['reason']} "
+                       f"({result['url']}); give another --hub-runtime or --hub-device")
 
-    HubError where an original block does not run. Where those run but not the whole base net, base_ms is None
-    and the rest of the net counts as 0.
-    """
+
+def hub_alone(net, blocks, frame, deploy, calibration, **how):
+    """Every distinct block by itself -> (sites, `whole_net`, {what was profiled: result}) of a table."""
     keys, entries = distinct_modules(net, blocks, frame, deploy, "cpu")
     where = {key: [site for site, row in keys.items() if key in row] for key in entries}
     for key in entries.keys() - {"net"}:          # calibrated with what goes into the block in the net
-        met = functools.partial(lambda site: inputs_of(net, [site], calibration())[site], where[key][0])
+        met = lambda site=where[key][0]: inputs_of(net, [site], calibration())[site]
         entries[key] = (without_zeros(entries[key][0]), entries[key][1], Data(met))
     found = profile_hub({**entries, "net": (*entries["net"], Data(calibration))}, **how)
     for site, row in keys.items():
-        if found[row[0]]["ms"] is None:
-            raise HubError(f"the original block at {site} does not run on {how['device']} with "
-                           f"{how['runtime']}: {failure(found[row[0]])}; give another --hub-runtime or "
-                           "--hub-device")
+        must_run(f"original block at {site}", found[row[0]], **how)
     sites = {site: [found[key]["ms"] for key in row] for site, row in keys.items()}
-    return sites, whole_net(found["net"]["ms"], sites), {
+    return sites, whole_net(found["net"]["ms"], sites), {         # the net may not run where its blocks do
         title(*entries[key][:2]): {**found[key], "sites": where[key]} for key in entries}
 
 
@@ -642,38 +563,31 @@ def printed(module):
 def swapped(net, site, block):
     """The net with this block at `site`; all other parameters are shared with `net`."""
     net = copy.deepcopy(net, {id(p): p for p in net.parameters()})
-    (parent, name), = block_places(net, [site])
-    setattr(parent, name, block)
+    net.set_submodule(submodule_name(net, site), block)
     return net
 
 
 def hub_inside(net, blocks, frame, deploy, calibration, **how):
-    """The base net, and for every site and option the base net with that swap: as `hub_alone`.
-
-    An option takes what the original does, which is as much as its best swap saves and at least an equal
-    share of the net, and what the swap changes. So base and single swaps are predicted exactly.
-    """
+    """The base net, and for every site and option the base net with that swap: as `hub_alone`."""
     base, one_of = deploy(net), {}
     nets = {(site, k): swapped(base, site, without_zeros(deploy(block))) if k else base
             for site, row in blocks.items() for k, block in enumerate(row)}
     same = {key: one_of.setdefault(str(printed(one)), key) for key, one in nets.items()}
     found = profile_hub({key: (nets[key], (1, 3, *frame), Data(calibration)) for key in one_of.values()},
                         **how)
-    whole, sites = found[next(iter(nets))], {}
-    base_ms = whole["ms"]
-    if base_ms is None:
-        raise HubError(f"the base net does not run on {how['device']} with {how['runtime']}: "
-                       f"{failure(whole)}; give another --hub-runtime or --hub-device")
+    must_run("base net", found[next(iter(nets))], **how)
+    base_ms, sites = found[next(iter(nets))]["ms"], {}
+    # An option takes what the original does, which is as much as its best swap saves and at least an equal
+    # share of the net, and what the swap changes. So base and single swaps are predicted exactly.
     for site, row in blocks.items():
         ms = [found[same[site, k]]["ms"] for k in range(len(row))]
         own = max(base_ms / len(blocks), base_ms - min(value for value in ms if value is not None))
         sites[site] = [None if value is None else own + value - base_ms for value in ms]
     rest_ms = base_ms - sum(row[0] for row in sites.values())
-    names = {key: f"{type(blocks[key[0]][key[1]]).__name__} at {key[0]}" if key[1] else "base net"
-             for key in one_of.values()}
     return sites, {"base_ms": base_ms, "rest_ms": rest_ms, "scale": 1.0}, {
-        names[key]: {**found[key], "sites": [site for site, k in same if k and same[site, k] == key]}
-        for key in one_of.values()}
+        f"{type(blocks[at][number]).__name__} at {at}" if number else "base net":
+        {**found[at, number], "sites": [site for site, k in same if k and same[site, k] == (at, number)]}
+        for at, number in one_of.values()}
 
 
 def hub_timing(net, blocks, frame, deploy, inside=False, calibration=None, device=HUB_DEVICE,
@@ -700,10 +614,6 @@ def paper_timing(sites, n_options):
             "rest_ms": 0.0, "scale": 1.0, "base_ms": PAPER_BASE_MS}
 
 
-def in_eval_mode(module):
-    return copy.deepcopy(module).eval()
-
-
 def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cpu", rounds=60, hub=None):
     """Latency of every option at every site, of the rest of the net, and of the whole base net.
 
@@ -713,10 +623,11 @@ def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cp
     deploy: makes a module ready for inference (blocks.deploy); default, a copy in eval mode.
     Nothing passed in is altered. Raises ValueError for another target or option count; HubError.
     """
-    frame, deploy = (frame, frame) if isinstance(frame, int) else tuple(frame), deploy or in_eval_mode
+    frame, hub = (frame, frame) if isinstance(frame, int) else tuple(frame), hub or {}
+    deploy = deploy or (lambda module: copy.deepcopy(module).eval())
     rows = {site: [net.blocks()[site], *(surrogates[site][k] for k in sorted(surrogates[site]))]
             for site in sites}
-    inside = target == "qai-hub" and (hub or {}).get("inside")         # there no block is timed as well
+    inside = target == "qai-hub" and hub.get("inside")         # there no block is timed as well
     blocks = {site: [block for block in row if inside or not isinstance(block, nn.Identity)]
               for site, row in rows.items()}
     if target == "paper":
@@ -724,7 +635,7 @@ def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cp
     elif target == "local":
         timing = local_timing(net, blocks, frame, deploy, device, rounds)
     elif target == "qai-hub":
-        timing = hub_timing(net, blocks, frame, deploy, **(hub or {}))
+        timing = hub_timing(net, blocks, frame, deploy, **hub)
     else:
         raise ValueError(f"latency_table: target {target!r} is none of 'local', 'qai-hub' and 'paper'")
     options = [type(block).__name__ for block in next(iter(rows.values()), [])]
@@ -735,10 +646,7 @@ def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cp
 
 
 def network_ms(table, choice):
-    """Predicted latency of a whole net: the rest plus one block per site; sites not in choice keep 0.
-
-    Infinite where the device cannot run a chosen block; never negative (`whole_net`).
-    """
+    """Predicted ms of a whole net: rest and one block per site, by default 0; infinite if one cannot run."""
     rows = [row[choice.get(site, 0)] for site, row in table["sites"].items()]
     return math.inf if None in rows else max(0.0, table["rest_ms"] + table.get("scale", 1.0) * sum(rows))
 
@@ -759,16 +667,13 @@ class Operator(nn.Module):
         return self.function(x)
 
 
-def channel_layer_norm(x):
-    return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
-
-
 def operators(channels):
     """{name: module} of what NAF blocks and their alternatives consist of, at `channels`."""
     return {"1x1 convolution": nn.Conv2d(channels, channels, 1),
             "3x3 convolution": nn.Conv2d(channels, channels, 3, padding=1),
             "3x3 depthwise": nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
-            "channel layer norm": Operator("channel_layer_norm", channel_layer_norm),
+            "channel layer norm": Operator("channel_layer_norm", lambda x: nn.functional.layer_norm(
+                x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)),
             "batch norm": nn.BatchNorm2d(channels),
             "pool, broadcast product": Operator("pool_product", lambda x: x * x.mean((2, 3), keepdim=True)),
             "gate (half channels)": Operator("gate", lambda x: torch.mul(*x.chunk(2, dim=1))),
@@ -804,8 +709,7 @@ def main(argv=None):
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device} is not to be had here: {str(error).splitlines()[0]}")
-    shapes = [(1, args.width * 2 ** level, args.frame // 2 ** level, args.frame // 2 ** level)
-              for level in range(5)]
+    shapes = [(1, args.width * 2 ** i, args.frame // 2 ** i, args.frame // 2 ** i) for i in range(5)]
     device = args.device if args.target == "local" else "cpu"
     entries = {(name, shape): (module.eval().to(device, memory_format=torch.channels_last), shape)
                for shape in shapes for name, module in operators(shape[1]).items()}
@@ -814,7 +718,7 @@ def main(argv=None):
     except (HubError, OSError) as error:
         print(f"profile_device: {error}", file=sys.stderr)
         return 2
-    print(f"milliseconds on {where}, {datetime.date.today().isoformat()}"
+    print(f"milliseconds on {where}, {time.strftime('%Y-%m-%d')}"
           + (f", {torch.get_num_threads()} threads" if args.target == "local" else ""))
     print(f"{'':<26}" + "".join(f"{'x'.join(map(str, shape[1:])):>14}" for shape in shapes))
     for name in operators(2):
