@@ -1754,11 +1754,6 @@ def least_salient(scores):
     return [site.replace("-", ".") for site in sorted(ranks, key=ranks.get, reverse=True)]
 
 
-def nearest_below(cost, limit):
-    """The key of {key: cost} whose cost is nearest limit and not above it; None where all are above."""
-    return max((key for key in cost if cost[key] <= limit), key=cost.get, default=None)
-
-
 def as_fast(job, profile, arch, net, chosen, order):
     """The width, and the blocks of `order` to leave out, that bring the base net to the latency of `chosen`.
 
@@ -1767,20 +1762,19 @@ def as_fast(job, profile, arch, net, chosen, order):
     """
     widths = {f"width {width}": width for width in range(2, arch["width"] + 1, 2)}
     fewer = {f"without {n} blocks": order[:n] for n in range(len(order), -1, -1)}
-    nets = {**{name: new_net(**{**arch, "width": width}, seed=0).to(job.device)
-               for name, width in widths.items()},
-            **{name: blocks.assemble(net, {}, dict.fromkeys(gone, len(blocks.BLOCKS)))
-               for name, gone in fewer.items()}}
+    nets = {name: new_net(**{**arch, "width": n}, seed=0).to(job.device) for name, n in widths.items()}
+    for name, gone in fewer.items():
+        nets[name] = blocks.assemble(net, {}, dict.fromkeys(gone, len(blocks.BLOCKS)))
     timed = lambda names: time_whole(job, profile, {**chosen, **{name: nets[name] for name in names}})[0]
-    if job.config.target == "qai-hub" and timed([])["chosen"] is not None:
-        ms = lambda name: math.inf if timed([name])[name] is None else timed([name])[name]
-        limit = timed([])["chosen"]
-        found = [[None, *names][bisect.bisect_right(list(names), limit, key=ms)] for names in (widths, fewer)]
+    cost = timed([] if job.config.target == "qai-hub" else nets)
+    if cost["chosen"] is None:
+        cost = {name: sizes(net, job.config.frame)["gmacs"] for name, net in {**chosen, **nets}.items()}
+    if len(cost) > 1:
+        found = [max((name for name in names if cost[name] <= cost["chosen"]), key=cost.get, default=None)
+                 for names in (widths, fewer)]
     else:
-        cost = timed(nets)
-        if cost["chosen"] is None:
-            cost = {name: sizes(net, job.config.frame)["gmacs"] for name, net in {**chosen, **nets}.items()}
-        found = [nearest_below({name: cost[name] for name in names}, cost["chosen"])
+        ms = lambda name: math.inf if (found := timed([name])[name]) is None else found
+        found = [[None, *names][bisect.bisect_right(list(names), cost["chosen"], key=ms)]
                  for names in (widths, fewer)]
     return widths.get(found[0]), fewer.get(found[1])
 
@@ -1788,17 +1782,17 @@ def as_fast(job, profile, arch, net, chosen, order):
 def configurations(config, penalty, chosen, score_all):
     """{name: options, None where there are none} of the controls of the chosen options' predicted latency.
 
-    score_all(configurations) -> dB lost by each, plug and play: asked for every single swap, and for every
-    option everywhere that is no slower.
+    score_all([options, ...]) -> dB lost by each, plug and play: asked for single swaps, and for every option
+    everywhere that is no slower.
     """
-    limit = search.total_penalty(penalty, chosen) + 1e-9
-    base = tuple(int(options[0]) for options in search.available(penalty))
-    swaps = list(dict.fromkeys(search.neighbours([base], search.available(penalty))))
+    limit, options = search.total_penalty(penalty, chosen) + 1e-9, search.available(penalty)
+    base = tuple(int(numbers[0]) for numbers in options)
+    swaps = list(dict.fromkeys(search.neighbours([base], options)))
     loss_db = dict(zip(swaps, score_all(swaps)))
     losses = [[loss_db.get(base[:i] + (k,) + base[i + 1:], math.inf) for k in range(len(p))]
               for i, p in enumerate(penalty)]
     alike = [(k,) * len(penalty) for k in range(1, len(penalty[0]))]
-    alike = [options for options in alike if search.total_penalty(penalty, options) <= limit]
+    alike = [same for same in alike if search.total_penalty(penalty, same) <= limit]
     drawn = search.random_at(penalty, limit, config.controls + 1, np.random.default_rng([config.seed, 6]))
     drawn = [options for options in drawn if options != chosen] + [None] * config.controls
     return {"one option everywhere": min(zip(score_all(alike), alike), default=(0, None))[1],
@@ -1809,8 +1803,7 @@ def configurations(config, penalty, chosen, score_all):
 def control_plan(job, base, saliency, profile, distill, found, finetune):
     """{"controls": [...], "single_swaps": how many were scored for one of them, "planned": a word}.
 
-    A control is {name; choice, {site: option}; width, None: the base's; scratch: trained from there; missing:
-    why there is none, or ""}.
+    A control: {name; choice {site: option}; width or None; scratch: trained from there; missing: why, or ""}.
     """
     config, sites, net = job.config, saliency["sites"], base_net(base, job.device)
     penalty = search.penalties(profile, sites, distill["diverged"])
@@ -1819,8 +1812,8 @@ def control_plan(job, base, saliency, profile, distill, found, finetune):
     _, score = scorer(net, trained_surrogates(net, distill, config.seed), sites, val, job.device)
     score_all = functools.partial(score_new, score, scored, lambda: None)
     chosen, _ = deployed_nets(job, {"chosen": chosen_net(finetune, job.device)})
-    order = least_salient(saliency["scores"])
-    width, gone = first(lambda: as_fast(job, profile, base["arch"], net, chosen, order))
+    width, gone = first(lambda: as_fast(job, profile, base["arch"], net, chosen,
+                                        least_salient(saliency["scores"])))
     choice, slow = finetune["choice"], "none is as fast"
     equal = configurations(config, penalty, tuple(choice[site] for site in sites), score_all)
     untrained = "not trained: --control-scratch" if config.weights and not config.control_scratch else ""
@@ -1832,8 +1825,8 @@ def control_plan(job, base, saliency, profile, distill, found, finetune):
             *(row(name, choice_of(sites, options or []), "no other of this latency" * (options is None))
               for name, options in equal.items()),
             row("chosen, from scratch", choice, untrained, None, True)]
-    swaps = sum(map(len, search.available(penalty))) - len(sites)
-    return {"controls": rows, "planned": "planning", "single_swaps": swaps}
+    return {"controls": rows, "planned": "planning",
+            "single_swaps": sum(map(len, search.available(penalty))) - len(sites)}
 
 
 def seconds_per_step(job, net, count=4):
@@ -1853,24 +1846,23 @@ def seconds_per_step(job, net, count=4):
 def trained_control(job, base, distill, control):
     """The net of one control -> (it, its validation PSNR in dB [before, after] fine-tuning).
 
-    Fine-tuned as the candidates were, on the same crops at the same rate; from scratch, before that, trained
-    as the base was, with batch norms that do nothing, as no distillation gave them statistics.
+    Trained as base and candidates were, on the same crops at the same rates; from scratch with batch norms
+    that do nothing, as no distillation gave them statistics.
     """
-    config, name = job.config, control["name"]
-    net, file = base_net(base, job.device), "control." + re.sub(r"\W+", "-", name) + "{}.part"
-    surrogates = trained_surrogates(net, distill, config.seed)
+    config, name, choice = job.config, control["name"], control["choice"]
+    file = "control." + re.sub(r"\W+", "-", name)
     if control["scratch"]:
-        arch = {**base["arch"], "width": control["width"] or base["arch"]["width"]}
-        net = new_net(**{**arch, "window": None}, seed=config.seed).to(job.device)     # the base's came later
-        surrogates = {site: {k: blocks.new_surrogate(net, site, k, config.seed)}
-                      for site, k in control["choice"].items()}
-    start = blocks.assemble(net, surrogates, control["choice"])
-    if control["scratch"]:
-        start = trained(job, start, config.base_steps, config.base_lr, f"control: {name}",
-                        file.format("-base"), config.seed)
-        blocks.set_window(start, base["arch"]["window"])
-    tuned = trained(job, start, config.finetune_steps, config.finetune_lr, f"control: {name}",
-                    file.format(""), config.seed + 4)
+        arch = {**base["arch"], "width": control["width"] or base["arch"]["width"], "window": None}
+        net = new_net(**arch, seed=config.seed).to(job.device)
+        new = {site: {k: blocks.new_surrogate(net, site, k, config.seed)} for site, k in choice.items()}
+        start = trained(job, blocks.assemble(net, new, choice), config.base_steps, config.base_lr,
+                        f"control: {name}", f"{file}-base.part", config.seed)
+        blocks.set_window(start, base["arch"]["window"])               # after training, as the base's is
+    else:
+        net = base_net(base, job.device)
+        start = blocks.assemble(net, trained_surrogates(net, distill, config.seed), choice)
+    tuned = trained(job, start, config.finetune_steps, config.finetune_lr, f"control: {name}", f"{file}.part",
+                    config.seed + 4)
     db = [evaluate(each, job.pairs("val"), job.device, with_ssim=False)["psnr_db"] for each in (start, tuned)]
     if math.isnan(db[1]):
         raise InputError(f"control: {name} diverged")
@@ -1883,10 +1875,7 @@ def swaps_of(choice):
 
 
 def control_nets(job, controls, base, distill, finetune):
-    """{name: (net, its validation PSNR in dB before and after fine-tuning)} of the controls that there are.
-
-    Those that come out alike are trained once; one that diverges is left out.
-    """
+    """{name: (net, [its validation dB before, after])}: equal ones trained once, diverged ones left out."""
     config, picked, base_db = job.config, finetune["candidates"][finetune["picked"]], base["val"]["psnr_db"]
     chosen = chosen_net(finetune, job.device), [picked["val_before_db"], picked["val_after_db"]]
     made = {"base": (base_net(base, job.device), [base_db, base_db]), "chosen": chosen}
@@ -1908,15 +1897,6 @@ def control_nets(job, controls, base, distill, finetune):
     return made
 
 
-def scored_together(job, nets, sets):
-    """{net: {set: `image_scores`}} of {name: net} on {name: pairs}; the ranks share the nets out."""
-    names = list(nets)
-    own = agreed(lambda: {name: {key: image_scores(nets[name], pairs, job.device, label=f"{key}: {name}")
-                                 for key, pairs in sets.items()} for name in names[rank()::world()]})
-    scores = merged(gather(own))
-    return {name: scores[name] for name in names}
-
-
 def interval(values, seed):
     """95 % interval of the mean, by the bootstrap (Efron 1979); None of less than two values."""
     if len(values) < 2:
@@ -1926,17 +1906,16 @@ def interval(values, seed):
 
 
 def control_row(config, control, net, ms, val_db, scores, chosen):
-    """What is told of one control: sizes, latency, scores, and how far ahead of the chosen net it is on test.
+    """What is told of one control: sizes, latency, scores, how far ahead of the chosen net it is on test.
 
-    val_db: validation PSNR before and after fine-tuning; scores, chosen: its {set: scores of every image} and
-    the chosen net's.
+    val_db: validation PSNR before and after fine-tuning; scores, chosen: {set: `image_scores`} of it and of
+    the chosen net.
     """
     ahead = np.subtract(scores["test"]["psnr_db"], chosen["test"]["psnr_db"])
+    tests = {key: {"pairs": len(v["psnr_db"]), **means(v)} for key, v in scores.items() if key != "test"}
     return {**control, **sizes(net, config.frame), "latency_ms": ms, "val_before_db": val_db[0],
             "val_after_db": val_db[1], **means(scores["test"]), "ahead_db": float(ahead.mean()),
-            "interval_db": interval(ahead, config.seed),
-            "tests": {key: {"pairs": len(each["psnr_db"]), **means(each)} for key, each in scores.items()
-                      if key != "test"}}
+            "interval_db": interval(ahead, config.seed), "tests": tests}
 
 
 def score_tau(sites, candidates, rows):
@@ -1958,7 +1937,10 @@ def stage_control(job, base, saliency, profile, distill, search, finetune):
     made = control_nets(job, plan["controls"], base, distill, finetune)
     nets = deployed_nets(job, {name: net for name, (net, _) in made.items()})[0]
     ms, where, _ = first(lambda: time_whole(job, profile, nets))
-    scores = scored_together(job, nets, {"test": job.pairs("test"), **named_pairs(job.config)})
+    sets = {"test": job.pairs("test"), **named_pairs(job.config)}
+    own = agreed(lambda: {name: {key: image_scores(nets[name], pairs, job.device, label=f"{key}: {name}")
+                                 for key, pairs in sets.items()} for name in list(nets)[rank()::world()]})
+    scores = merged(gather(own))                  # the ranks share the nets out
     rows = [control_row(job.config, control, nets[name], ms[name], made[name][1], scores[name],
                         scores["chosen"]) if (name := control["name"]) in nets else
             {**control, "missing": control["missing"] or "diverged"} for control in plan["controls"]]
@@ -1969,8 +1951,7 @@ def stage_control(job, base, saliency, profile, distill, search, finetune):
 
 # --------------------------------------------------------------------------------------- the report
 
-# What latency was taken on.
-WHERE = ("device", "runtime", "precision", "hub options", "threads", "statistic", "date")
+WHERE = ("device", "runtime", "precision", "hub options", "threads", "statistic", "date")      # of latency
 
 # The paper's tables as printed. Table 1: fisher in 1e-6, plain in 1e-3, enc2's plain printed "2.24e"; the
 # mean ranks are ours. Tables 4 and 5: PSNR in dB/SSIM, GMACs (65 is NAFNet at 512x512).
@@ -2020,56 +2001,54 @@ PAPER_TABLE_5 = """\
 
 
 def markdown(head, rows):
-    """Rows of strings as an aligned Markdown table."""
-    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
-    lines = ["| " + " | ".join(str(cell).ljust(w) for cell, w in zip(row, widths)) + " |"
-             for row in [head, *rows]]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+    """Rows of strings, the short ones filled up, as an aligned Markdown table."""
+    columns = [[*map(str, column)] for column in itertools.zip_longest(head, *rows, fillvalue="")]
+    widths = [max(map(len, column)) for column in columns]
+    first, *rest = (f"| {' | '.join(map(str.ljust, row, widths))} |" for row in zip(*columns))
+    return "\n".join([first, f"|-{'-|-'.join('-' * width for width in widths)}-|", *rest])
 
 
-def figures(m):
-    """Size, latency and scores of one net of stage evaluate, as text by name."""
-    ms = "not measured" if m["latency_ms"] is None else f"{m['latency_ms']:.1f}"
-    forms = dict(params=",", mb=".2f", gmacs=".2f", predicted_ms=".1f", psnr_db=".2f", ssim=".4f")
-    return {"ms": ms, "millions": f"{m['params'] / 1e6:.3f}",
-            **{key: f"{m[key]:{form}}" for key, form in forms.items()}}
+def figures(m, unknown="not measured"):
+    """What is known of size, latency and scores of a net, as text by name; unknown: of what is None."""
+    m = {**m, "millions": m.get("params", 0) / 1e6}
+    forms = dict(params=",", millions=".3f", mb=".2f", gmacs=".2f", latency_ms=".1f", predicted_ms=".1f",
+                 psnr_db=".2f", ssim=".4f")
+    return {key: unknown if m[key] is None else f"{m[key]:{form}}" for key, form in forms.items() if key in m}
 
 
 def gain_table(evaluate):
     """The answer to 'what did I gain', as a Markdown table."""
-    columns = dict(params="params", mb="MB", gmacs="GMACs", ms="measured ms", predicted_ms="predicted ms",
-                   psnr_db="PSNR dB", ssim="SSIM")
-    blurred = "{psnr_db:.2f} {ssim:.4f}".format(**evaluate["blurred"]).split()
-    rows = [[name, *(figures(evaluate[name])[key] for key in columns)] for name in ("base", "chosen")]
-    return markdown(["", *columns.values()], [["blurred input", *[""] * 5, *blurred], *rows])
+    columns = dict(params="params", mb="MB", gmacs="GMACs", latency_ms="measured ms",
+                   predicted_ms="predicted ms", psnr_db="PSNR dB", ssim="SSIM")
+    return markdown(["", *columns.values()],
+                    [[name, *(figures(evaluate[name.split()[0]]).get(key, "") for key in columns)]
+                     for name in ("blurred input", "base", "chosen")])
 
 
 def gain_words(evaluate):
     """Speed and quality of the chosen net in one line."""
-    base, chosen = evaluate["base"], evaluate["chosen"]
-    key, how = "latency_ms", "measured, interleaved"
-    if None in (base["latency_ms"], chosen["latency_ms"]):
+    base, chosen, key, how = evaluate["base"], evaluate["chosen"], "latency_ms", "measured, interleaved"
+    if None in (base[key], chosen[key]):
         key, how = "predicted_ms", "predicted from the latency table, not measured"
     elif evaluate["config"]["target"] != "local":
         how = f"measured on {evaluate['sums']['measured_on']['device']}"
     pace = base[key] / chosen[key] if chosen[key] else math.inf        # table 2 knows blocks only, or none
-    return (f"The chosen net runs {pace:.2f}x as fast as the base ({how}) "
-            f"at {chosen['psnr_db'] - base['psnr_db']:+.2f} dB; the base has "
-            f"{base['psnr_db'] - evaluate['blurred']['psnr_db']:+.2f} dB over the blurred input.")
+    blurred_db, base_db, chosen_db = (evaluate[name]["psnr_db"] for name in ("blurred", "base", "chosen"))
+    return (f"The chosen net runs {pace:.2f}x as fast as the base ({how}) at {chosen_db - base_db:+.2f} dB; "
+            f"the base has {base_db - blurred_db:+.2f} dB over the blurred input.")
 
 
 def pace_words(evaluate):
     """What the predicted figures are, and what they are to be compared with, in one line."""
-    base, sums = evaluate["base"], evaluate["sums"]
-    if base["latency_ms"] is None:
+    ms, drift = evaluate["base"]["latency_ms"], evaluate["sums"]["drift"]
+    if ms is None:
         return "Predicted: sums of the latency table; no net was measured."
-    words = ("Predicted: sums of profiled blocks, at the pace of this measurement: times "
-             f"{sums['drift']:.2f}, since the base net took {base['latency_ms']:.1f} ms in it and "
-             f"{base['latency_ms'] / sums['drift']:.1f} ms when its blocks were profiled.")
-    if evaluate["global_ms"] is not None:
+    words = (f"Predicted: sums of profiled blocks, at the pace of this measurement: times {drift:.2f}, since "
+             f"the base net took {ms:.1f} ms in it and {ms / drift:.1f} ms when its blocks were profiled.")
+    if (whole := evaluate["global_ms"]) is not None:
         words += (f" All is timed as it is scored, with a local window of {evaluate['window']} pixels: with "
-                  f"attention over the whole image the base net takes {evaluate['global_ms']:.1f} ms, so the "
-                  f"window makes it {base['latency_ms'] / evaluate['global_ms']:.2f} times as slow.")
+                  f"attention over the whole image the base net takes {whole:.1f} ms, so the window makes it "
+                  f"{ms / whole:.2f} times as slow.")
     return words
 
 
@@ -2077,22 +2056,18 @@ def score_cell(score):
     return "{psnr_db:.2f}/{ssim:.3f}".format(**score).replace("/0.", "/.")
 
 
-def test_tables(tests, gmacs, frame):
-    """Tables 4 and 5: the paper's rows and ours for each --test set -> Markdown parts, none without sets.
-
-    tests {NAME: score_nets}; gmacs {net: GMACs at frame}. Table 5 is for DPDD, Table 4 for the rest.
-    """
-    defocus, parts = [name for name in tests if name in ("DPDD-indoor", "DPDD-outdoor")], []
-    motion = [name for name in tests if name not in defocus]
-    for title, paper, names in (("4", PAPER_TABLE_4, motion), ("5 (defocus)", PAPER_TABLE_5, defocus)):
-        if names:
-            rows = [[f"{net}, here", *(score_cell(tests[name][net]) for name in names),
-                     f"{gmacs[net]:.1f}" if net in gmacs else ""]
-                    for net in tests[names[0]] if net != "pairs"]
-            heads = [f"{name} ({tests[name]['pairs']} pairs)" for name in names]
-            parts += [f"## Table {title}: PSNR dB/SSIM on further test sets", paper,
-                      markdown(["", *heads, "GMACs at {}x{}".format(*frame)], rows),
-                      "Rows marked published are the paper's own figures."]
+def test_tables(tests, nets, frame):
+    """Tables 4 and 5 (DPDD), the paper's and ours, of {NAME: score_nets}, {net: sizes} -> Markdown parts."""
+    parts = []
+    for title, paper, defocus in (("4", PAPER_TABLE_4, False), ("5 (defocus)", PAPER_TABLE_5, True)):
+        names = [name for name in tests if (name in ("DPDD-indoor", "DPDD-outdoor")) == defocus]
+        rows = [[f"{net}, here", *(score_cell(tests[name][net]) for name in names),
+                 f"{nets[net]['gmacs']:.1f}" if "gmacs" in nets.get(net, {}) else ""]
+                for name in names[:1] for net in tests[name] if net != "pairs"]
+        heads = [f"{name} ({tests[name]['pairs']} pairs)" for name in names]
+        parts += [f"## Table {title}: PSNR dB/SSIM on further test sets", paper,
+                  markdown(["", *heads, "GMACs at {}x{}".format(*frame)], rows),
+                  "Rows marked published are the paper's own figures."] * bool(names)
     return parts
 
 
@@ -2104,9 +2079,8 @@ def saliency_section(saliency):
     stays = f"So {' '.join(kept)} stays as it is, and the other blocks are sites"
     if any(site.split(".")[0] in kept for site in saliency["sites"]):
         stays = f"The paper would keep {' '.join(kept)} as it is; with --space all its blocks are sites too"
-    rows = [[stage + (" (critical)" if stage in kept else ""),
-             *(f"{total[stage]:.4g}" for total in totals.values()), f"{ranks[stage]:.2f}"]
-            for stage in totals["snip"]]          # in forward order, which ranks is not
+    rows = [[stage + " (critical)" * (stage in kept), *(f"{total[stage]:.4g}" for total in totals.values()),
+             f"{ranks[stage]:.2f}"] for stage in totals["snip"]]       # in forward order, which ranks is not
     return ["## Table 1: saliency per stage",
             f"{best} has the best mean rank over the six measures, {ranks[best]:.2f}; next is {second}, "
             f"{ranks[second]:.2f}. {stays}, {len(saliency['sites'])} in all. In the paper: enc3, 1.33; next "
@@ -2116,22 +2090,19 @@ def saliency_section(saliency):
 
 def measured_on(table):
     """What a latency table was measured on, and what the device had trouble with, as Markdown."""
-    where = [f"{key} {table[key]}" for key in WHERE if key in table]
-    where = ", ".join([*where, "frame {}x{}".format(*table["frame"])])
-    return "\n".join([f"Latency from: {where}.", *(f"- {line}." for line in profile_device.remarks(table))])
+    where = [*(f"{key} {table[key]}" for key in WHERE if key in table), "frame {}x{}".format(*table["frame"])]
+    return "\n".join([f"Latency from: {', '.join(where)}.",
+                      *(f"- {line}." for line in profile_device.remarks(table))])
 
 
 def hub_table(found):
     """What was profiled on AI Hub, {name: result}, as Markdown; none -> no part."""
-    def cells(name, result):
-        units = [layer["compute_unit"] for layer in result["layers"]]
-        return [" ".join([name, *result.get("sites", [])]), "fails" if result["ms"] is None else
-                f"{result['ms']:.3g}", "" if result["peak_mb"] is None else f"{result['peak_mb']:.0f}",
-                " ".join(f"{units.count(unit)} {unit}" for unit in sorted(set(units))), result["version"],
-                result["url"]]
-
-    return [markdown(["on AI Hub", "ms", "peak MB", "layers", "version", "job"],
-                     [cells(*item) for item in found.items()])] * bool(found)
+    text = lambda value, form, none: none if value is None else f"{value:{form}}"
+    units = lambda layers: zip(*np.unique([layer["compute_unit"] for layer in layers], return_counts=True))
+    rows = [[" ".join([name, *job.get("sites", [])]), text(job["ms"], ".3g", "fails"),
+             text(job["peak_mb"], ".0f", ""), " ".join(f"{n} {unit}" for unit, n in units(job["layers"])),
+             job["version"], job["url"]] for name, job in found.items()]
+    return [markdown(["on AI Hub", "ms", "peak MB", "layers", "version", "job"], rows)] * bool(rows)
 
 
 def device_section(evaluate):
@@ -2139,125 +2110,115 @@ def device_section(evaluate):
     found = evaluate["sums"].get("hub")
     if not found:
         return []
-    pictures = {name: found[name]["pictures"] for name in ("base", "chosen")
-                if found.get(name, {}).get("pictures")}
-    rows = [[name, str(p["pairs"]), *(f"{p[key]:.2f}" for key in ("device_db", "here_db", "agreement_db"))]
+    ran = {name: found[name] for name in ("base", "chosen") if name in found}
+    pictures = {name: result["pictures"] for name, result in ran.items() if result.get("pictures")}
+    rows = [[name, p["pairs"], *(f"{p[key]:.2f}" for key in ("device_db", "here_db", "agreement_db"))]
             for name, p in pictures.items()]
     lines = [f"- {name}: the device's pictures have {p['agreement_db']:.1f} dB against ours, which is less "
              "than 40: it computes another net." for name, p in pictures.items()
              if not p["agreement_db"] >= 40]      # not a number where it overflows
-    lines += [f"- {name}: the device gave no pictures back." for name in ("base", "chosen")
-              if name not in pictures and found.get(name, {}).get("ms") is not None]
+    lines += [f"- {name}: the device gave no pictures back." for name, result in ran.items()
+              if name not in pictures and result["ms"] is not None]
     lines += [f"- {name}: {line}." for name in ("base", "chosen") for line in evaluate[name]["float16"]]
     head = ["validation pictures", "count", "PSNR there, dB", "PSNR here, dB", "there against here, dB"]
-    return ["## On the device", *hub_table(found), *[markdown(head, rows)] * bool(rows),
-            *["\n".join(lines)] * bool(lines)]
+    parts = ["## On the device", *hub_table(found), markdown(head, rows) if rows else "", "\n".join(lines)]
+    return [part for part in parts if part]
 
 
 def latency_section(table):
     """Table 2: milliseconds of every option at every site, then the published row."""
     names, sites = table["options"], table["sites"]
-    published = [*(f"{ms:.0f}" for ms in profile_device.PAPER_BLOCK_MS), *[""] * len(names)][:len(names)]
     fastest = [min((k for k, ms in enumerate(row) if ms is not None), key=row.__getitem__)
                for row in sites.values()]
     best = statistics.mode(fastest)
     rows = [[site, *("unavailable" if ms is None else f"{ms:.2f}" for ms in row)]
             for site, row in sites.items()]
+    published = profile_device.PAPER_BLOCK_MS[:len(names)]
+    rows.append(["published, every site", *(f"{ms:.0f}" for ms in published)])
     return ["## Table 2: latency of each option, ms",
             f"{names[best]} is the fastest option at {fastest.count(best)} of {len(sites)} sites. "
-            + measured_on(table),
-            markdown(["site", *(f"{i} {n}" for i, n in enumerate(names))],
-                     [*rows, ["published, every site", *published]]), *hub_table(table.get("modules", {}))]
+            + measured_on(table), markdown(["site", *(f"{i} {n}" for i, n in enumerate(names))], rows),
+            *hub_table(table.get("modules", {}))]
 
 
 def wish_words(config):
     """How the candidates were ranked."""
-    within = [f"{flag(name)} {config[name]:g}" for name in ("max_loss_db", "max_ms") if config[name]]
-    best = {"--max-loss-db": "the fastest", "--max-ms": "those that lose least"}
+    within = {name: f"{flag(name)} {config[name]:g}" for name in ("max_loss_db", "max_ms") if config[name]}
+    alone = {("max_loss_db",): "the fastest", ("max_ms",): "those that lose least"}
     how = "those furthest below the chord between its ends, as far as it gains on the blurred input"
-    how = best[within[0].split()[0]] if len(within) == 1 else how
-    return how + f" within {' and '.join(within)}" * bool(within)
+    return alone.get(tuple(within), how) + f" within {' and '.join(within.values())}" * bool(within)
 
 
 def wish_list(found):
     """What other wishes would have given: the knee of the front, and the fastest within 0.1 and 0.3 dB."""
-    losses = {i: found["evaluations"][i]["loss_db"] for i in found["front"]}
-    part = useful(found["front"], losses, found.get("gain_db", math.inf))
-    rows = [found["evaluations"][i] for i in part]
-    words = lambda row: f"{row['latency_ms']:.3g} ms, {row['loss_db']:.2f} dB lost"
-    base = next(row for row in found["evaluations"] if not any(row["options"]))
-    lines = [f"- the knee: {words(rows[search.knee([(r['loss_db'], r['penalty']) for r in rows], 1)[0]])}"]
+    every = found["evaluations"]
+    losses = {i: every[i]["loss_db"] for i in found["front"]}
+    rows = [every[i] for i in useful(found["front"], losses, found.get("gain_db", math.inf))]
+    wishes = {"the knee": rows[search.knee([(row["loss_db"], row["penalty"]) for row in rows], 1)[0]]}
     for limit in (0.1, 0.3):
         within = [row for row in rows if row["loss_db"] <= limit and any(row["options"])]
-        lines.append(f"- `--max-loss-db {limit}`: "
-                     + (words(min(within, key=lambda row: row["latency_ms"])) if within else "nothing"))
+        wishes[f"`--max-loss-db {limit}`"] = min(within, key=lambda row: row["latency_ms"], default=None)
+    words = lambda row: "{latency_ms:.3g} ms, {loss_db:.2f} dB lost".format(**row) if row else "nothing"
     return ("Other wishes would have given, as predicted before fine-tuning where the base takes "
-            f"{base['latency_ms']:.3g} ms:\n\n" + "\n".join(lines))
+            f"{every[0]['latency_ms']:.3g} ms:\n\n"
+            + "\n".join(f"- {wish}: {words(row)}" for wish, row in wishes.items()))
 
 
 def front_section(found, diverged, pick):
     """How the front came about, and why these candidates."""
-    rows, ref = found["evaluations"], found["ref"]
+    rows, proposed, ref = found["evaluations"], found["proposed"], found["ref"]
     left_out = ", ".join(f"{k} at {site}" for site, k in diverged)
     why = "The base is alone on the front, so it is the one candidate: nothing that was scored gains speed."
     if any(rows[found["knee"][0]]["options"]):
         distances = ", ".join(f"{distance:.2f}" for distance in found["below_chord"])
-        how = wish_words(found["config"])
-        why = (f"The candidates are, of the front without the base, {how}; after the first, those that are "
-               "faster, as fine-tuning wins back most of what swaps lose, and no time; a tenth of the "
-               "front's span in latency apart where there are enough, as neighbours differ in a swap or two, "
-               "and fine-tuning both teaches little. Their distances below the chord, both axes scaled to 1: "
-               f"{distances}. Picked after fine-tuning: the {pick}.")
-    back = len(rows) - found["proposed"]
+        why = (f"The candidates are, of the front without the base, {wish_words(found['config'])}; after the "
+               "first, those that are faster, as fine-tuning wins back most of what swaps lose, and no time; "
+               "a tenth of the front's span in latency apart where there are enough, as neighbours differ in "
+               "a swap or two, and fine-tuning both teaches little. Their distances below the chord, both "
+               f"axes scaled to 1: {distances}. Picked after fine-tuning: the {pick}.")
     return ["## The front",
-            f"{len(rows)} of {found['space']:,} configurations were scored: {found['proposed']} that the "
-            f"search proposed, and {back} that take one swap of a candidate back; {len(found['front'])} are "
-            f"on the front. Hypervolume {found['hypervolume']:.3f}; its reference point: {ref[0]:.2f} dB, "
-            f"and {ref[1]:.2f} times the latency of the base net's blocks.",
+            f"{len(rows)} of {found['space']:,} configurations were scored: {proposed} that the search "
+            f"proposed, and {len(rows) - proposed} that take one swap of a candidate back; "
+            f"{len(found['front'])} are on the front. Hypervolume {found['hypervolume']:.3f}; its reference "
+            f"point: {ref[0]:.2f} dB, and {ref[1]:.2f} times the latency of the base net's blocks.",
             *[f"Left out of the search, as their surrogates diverged: option {left_out}."] * bool(diverged),
             "![front](pareto.svg)", wish_list(found), why]
 
 
 def nets_section(evaluate, finetune, found, profile, steps):
     """Table 3: base and every candidate before and after fine-tuning; base and chosen on test; published."""
-    drift = evaluate["sums"]["drift"]
+    candidates, picked, drift = finetune["candidates"], finetune["picked"], evaluate["sums"]["drift"]
+    hub = evaluate["sums"].get("hub")
 
-    def row(name, options, predicted_ms, before, after, m=None):
-        keys = ("millions", "mb", "ms", "psnr_db", "ssim")
-        return [name, " ".join(map(str, options)), *([figures(m)[key] for key in keys] if m else [""] * 5),
-                f"{predicted_ms:.1f}", f"{before:.2f}", after]
+    def row(name, options, predicted_ms, before, after, net):
+        known = figures(evaluate[net]) if net else {}
+        peak = f"{hub[net]['peak_mb']:.0f}" if hub and net and hub[net]["peak_mb"] else ""
+        return [name, " ".join(map(str, options)),
+                *(known.get(key, "") for key in ("millions", "mb", "latency_ms", "psnr_db", "ssim")),
+                f"{predicted_ms:.1f}", f"{before:.2f}", after, *[peak] * bool(hub)]
 
-    base, candidates, picked = evaluate["base"], finetune["candidates"], finetune["picked"]
-    rows = [row("base", [0] * len(found["sites"]), base["predicted_ms"], found["base_val_db"], "", base)]
-    for n, c in enumerate(candidates):
-        name, on_test = (" (chosen)", evaluate["chosen"]) if n == picked else ("", None)
-        rows.append(row(f"candidate {n + 1}{name}", c["options"], drift * c["latency_ms"], c["val_before_db"],
-                        f"{c['val_after_db']:.2f}", on_test))
+    rows = [row("base", [0] * len(found["sites"]), evaluate["base"]["predicted_ms"], found["base_val_db"], "",
+                "base")]
+    rows += [row(f"candidate {n + 1}" + " (chosen)" * (n == picked), c["options"], drift * c["latency_ms"],
+                 c["val_before_db"], f"{c['val_after_db']:.2f}", "chosen" * (n == picked))
+             for n, c in enumerate(candidates)]
     gains = [c["val_after_db"] - c["val_before_db"] for c in candidates]
     rest = "alone: there is no figure for the rest of the net"
     if profile["rest_ms"]:
         rest = f"plus {profile['rest_ms']:.1f} ms for the rest of the net"
     elif profile["scale"] != 1:
         rest = f"times {profile['scale']:.2f}, since together they take longer alone than the whole net"
-    head = ["", "options", "params, M", "MB", "ms", "PSNR dB", "SSIM", "predicted ms", "validation dB",
-            "fine-tuned"]
-    if "hub" in evaluate["sums"]:
-        head, peak = [*head, "peak MB"], {0: "base", 1 + picked: "chosen"}
-        used = {n: evaluate["sums"]["hub"][name]["peak_mb"] for n, name in peak.items()}
-        rows = [[*cells, f"{used[n]:.0f}" if used.get(n) else ""] for n, cells in enumerate(rows)]
     return ["## Table 3: base, candidates and chosen net",
             f"{steps} steps of fine-tuning change the candidates by {min(gains):+.2f} to "
-            f"{max(gains):+.2f} dB on validation.", markdown(head, rows), PAPER_TABLE_3,
+            f"{max(gains):+.2f} dB on validation.",
+            markdown(["", "options", "params, M", "MB", "ms", "PSNR dB", "SSIM", "predicted ms",
+                      "validation dB", "fine-tuned", *["peak MB"] * bool(hub)], rows), PAPER_TABLE_3,
             f"Options in the order of the sites: {', '.join(found['sites'])}. PSNR and SSIM on test. "
-            f"Predicted are the blocks at the sites {rest}"
-            + (f", all times {drift:.2f}." if drift != 1 else ".")]
+            f"Predicted are the blocks at the sites {rest}{f', all times {drift:.2f}' * (drift != 1)}."]
 
 
 def site_section(saliency, profile, found, finetune):
-    """The chosen net site by site, in words and as a table -> Markdown parts.
-
-    Changes by a swap: the candidate as it was scored, before fine-tuning, against it without the swap.
-    """
+    """The chosen net site by site, with what each swap alone changes as it was scored -> Markdown parts."""
     names, choice, lines, rows = profile["options"], finetune["choice"], [], []
     back = found["taken_back"][finetune["picked"]]
     for site, k in choice.items():
@@ -2278,21 +2239,21 @@ def site_section(saliency, profile, found, finetune):
 
 def sums_section(sums):
     """Predicted (the sum of the profiled blocks) against measured latency of whole nets -> Markdown parts."""
-    rows, error = sums["rows"], sums["mean_relative_error"]
+    rows, drift, error = sums["rows"], sums["drift"], sums["mean_relative_error"]
     if not rows:
         return ["## Do the sums hold?", "No whole net was measured: the published table knows blocks only."]
-    words = [f"{len(rows)} nets, of which the base is right by construction and does not count: "
-             + ("" if sums["tau"] is None else f"Kendall's tau {sums['tau']:.2f}, ")
-             + ("the base net alone was measured." if error is None else
-                f"mean relative error {error:.1%}; without the drift, {sums['error_as_profiled']:.1%}.")]
+    words = f"{len(rows)} nets, of which the base is right by construction and does not count: "
+    words += "" if sums["tau"] is None else f"Kendall's tau {sums['tau']:.2f}, "
+    words += ("the base net alone was measured." if error is None else
+              f"mean relative error {error:.1%}; without the drift, {sums['error_as_profiled']:.1%}.")
     if sums["repeat_tau"] is not None:
-        words.append(f"Two halves of the measurement itself agree to a tau of {sums['repeat_tau']:.2f}.")
-    words.append(f"The drift is {sums['drift']:.2f}: the base net took so many times what it took when its "
-                 "blocks were profiled.")
-    cells = [[row["net"], f"{row['predicted_ms'] / sums['drift']:.1f}", f"{row['predicted_ms']:.1f}",
-              f"{row['measured_ms']:.1f}", f"{row['predicted_ms'] / row['measured_ms'] - 1:+.1%}"]
-             for row in rows]
-    return ["## Do the sums hold?", " ".join(words), measured_on(sums["measured_on"]),
+        words += f" Two halves of the measurement itself agree to a tau of {sums['repeat_tau']:.2f}."
+    words += (f" The drift is {drift:.2f}: the base net took so many times what it took when its blocks were "
+              "profiled.")
+    forms = "{:.1f} {:.1f} {:.1f} {:+.1%}".format
+    cells = [[row["net"], *forms(ms / drift, ms, row["measured_ms"], ms / row["measured_ms"] - 1).split()]
+             for row in rows for ms in [row["predicted_ms"]]]
+    return ["## Do the sums hold?", words, measured_on(sums["measured_on"]),
             markdown(["net", "as profiled, ms", "predicted ms: x drift", "measured ms", "error"], cells)]
 
 
@@ -2314,48 +2275,40 @@ def ahead_words(row):
 def control_words(control):
     """Which controls of the chosen net's latency are better than it, or which comes nearest, in one line."""
     rows = {row["name"]: row for row in control["rows"] if not row["missing"]}
-    own, key = rows["chosen"], "gmacs" if rows["chosen"]["latency_ms"] is None else "latency_ms"
-    alike = "of no more GMACs than" if key == "gmacs" else "as fast as"
-    rivals = sorted((row for name, row in rows.items() if name not in ("base", "base, more steps", "chosen")
-                     and row[key] is not None and row[key] <= 1.03 * own[key]),
-                    key=lambda row: -row["ahead_db"])
+    _, more, chosen = (rows.pop(name, None) for name in ("base", "base, more steps", "chosen"))
+    key, alike = "latency_ms", "as fast as the chosen net (3 % allowed)"
+    if chosen[key] is None:
+        key, alike = "gmacs", "of no more GMACs than the chosen net (3 % allowed)"
+    rivals = [row for row in rows.values() if row[key] is not None and row[key] <= 1.03 * chosen[key]]
+    rivals.sort(key=lambda row: -row["ahead_db"])
     better = [row for row in rivals if row["ahead_db"] > 0]
-    listed = ", ".join(f"{row['name']} ({control_kind(row)}) {ahead_words(row)}"
-                       for row in better or rivals[:1])
-    words = f"No control {alike} the chosen net (3 % allowed) is better; best: {listed or 'none'}."
-    if better:
-        words = f"Controls {alike} the chosen net (3 % allowed) are better: {listed}."
-    return f"{words} The base net with as many steps more: {rows['base, more steps']['ahead_db']:+.2f} dB."
-
-
-def control_cells(row, base_ms):
-    """A row of the table of controls."""
-    what = [row["name"], row["missing"] or control_kind(row)]
-    if row["missing"]:
-        return what + [""] * 8
-    ms = row["latency_ms"]
-    return [*what, f"{row['params'] / 1e6:.3f}", f"{row['gmacs']:.2f}",
-            "" if ms is None else f"{ms:.1f}", f"{base_ms / ms:.2f}" if base_ms and ms else "",
-            "" if row["scratch"] else f"{row['val_before_db']:.2f}", f"{row['psnr_db']:.2f}",
-            f"{row['ssim']:.4f}",
-            ahead_words(row).replace(" dB", ""),
-            *(score_cell(score) for score in row["tests"].values())]
+    told = [f"{row['name']} ({control_kind(row)}) {ahead_words(row)}" for row in better or rivals[:1]]
+    words = f"Controls {alike} are better: " if better else f"No control {alike} is better; best: "
+    last = f" The base net with as many steps more: {more['ahead_db']:+.2f} dB." if more else ""
+    return f"{words}{', '.join(told) or 'none'}.{last}"
 
 
 def control_table(control):
     """The controls, a row each, and the mean of the random ones, as Markdown."""
-    rows = control["rows"]
-    table = [control_cells(row, rows[0]["latency_ms"]) for row in rows]
+    rows, table = control["rows"], []
+    base_ms = rows[0]["latency_ms"]
+    for row in rows:
+        table.append([row["name"], row["missing"] or control_kind(row)])
+        if not row["missing"]:
+            known, ms = figures(row, unknown=""), row["latency_ms"]
+            table[-1] += [known["millions"], known["gmacs"], known["latency_ms"],
+                          f"{base_ms / ms:.2f}" if base_ms and ms else "",
+                          "" if row["scratch"] else f"{row['val_before_db']:.2f}", known["psnr_db"],
+                          known["ssim"], ahead_words(row).replace(" dB", ""),
+                          *map(score_cell, row["tests"].values())]
     random = [row for row in rows if row["name"].startswith("random") and not row["missing"]]
     if len(random) > 1:
-        db = [row["psnr_db"] for row in random]
-        ahead = statistics.fmean(row["ahead_db"] for row in random)
-        table.append([f"random, mean of {len(random)}", "", "", "", "", "", "",
-                      f"{statistics.fmean(db):.2f} +- {statistics.stdev(db):.2f}", "", f"{ahead:+.2f}"])
-    head = ["", "what", "params, M", "GMACs", "ms", "x base", "validation dB, before", "PSNR dB", "SSIM",
-            "against chosen, dB [95 %]",
-            *(f"{name} ({score['pairs']} pairs)" for name, score in rows[0]["tests"].items())]
-    return markdown(head, [row + [""] * (len(head) - len(row)) for row in table])
+        db, ahead = ([row[key] for row in random] for key in ("psnr_db", "ahead_db"))
+        table.append([f"random, mean of {len(random)}", *[""] * 6, f"{statistics.fmean(db):.2f} +- "
+                      f"{statistics.stdev(db):.2f}", "", f"{statistics.fmean(ahead):+.2f}"])
+    heads = [f"{name} ({score['pairs']} pairs)" for name, score in rows[0]["tests"].items()]
+    return markdown(["", "what", "params, M", "GMACs", "ms", "x base", "validation dB, before", "PSNR dB",
+                     "SSIM", "against chosen, dB [95 %]", *heads], table)
 
 
 def control_section(config, control):
@@ -2363,7 +2316,6 @@ def control_section(config, control):
     base, count = control["rows"][0], control["tuned"]
     tau = f"Kendall's tau {control['tau']:.2f}" if count >= 8 else "too few to say"
     between = " (95 %: {:+.2f} to {:+.2f})".format(*base["interval_db"]) if base["interval_db"] else ""
-    where = [measured_on(control["measured_on"])] * (base["latency_ms"] is not None)
     return ["## Is the search worth it?", control_words(control), control_table(control),
             f"All but the base had {config.finetune_steps} steps of fine-tuning, the chosen net as a "
             f"candidate; narrower and from scratch, before that, {config.base_steps} steps of a base's "
@@ -2375,7 +2327,8 @@ def control_section(config, control):
             "were scored) add up. Random: of that predicted latency within 3 %.",
             f"Does the plug-and-play score tell what fine-tuning gives? {count} configurations were scored "
             f"and fine-tuned: {tau}. On test the base as it was is {base['ahead_db']:+.2f} dB{between} from "
-            "the chosen net; intervals by the bootstrap over images.", *where]
+            "the chosen net; intervals by the bootstrap over images.",
+            *([measured_on(control["measured_on"])] if base["latency_ms"] is not None else [])]
 
 
 def made_section(config, art):
@@ -2383,7 +2336,7 @@ def made_section(config, art):
     made = {}
     for name, content in art.items():
         made.setdefault(", ".join(f"{k} {v}" for k, v in content["versions"].items()), []).append(name)
-    versions = [text if len(made) == 1 else f"{', '.join(names)}: {text}" for text, names in made.items()]
+    versions = [f"{', '.join(names)}: " * (len(made) > 1) + text for text, names in made.items()]
     base = (f"are those of {config.weights}, which may have been trained on any of these pairs"
             if config.weights else f"were trained in {config.base_steps} steps")
     return ["## How this was made", validation_words(config),
@@ -2394,49 +2347,43 @@ def adapted_text(config, tuned):
     """report.md of a net that was adapted: every set before and after."""
     rows = [[name, score["pairs"], *(score_cell(score[net]) for net in ("blurred", "before", "after"))]
             for name, score in tuned["scores"].items()]
-    gmacs = {net: tuned["gmacs"] for net in ("before", "after")}
     tests = {name: score for name, score in tuned["scores"].items() if name in test_sets(config)}
     return "\n\n".join([
         f"# {config.from_} adapted to {config.data or 'made pairs'}",
         markdown(["PSNR dB/SSIM", "pairs", "blurred input", "before", "after"], rows),
         f"{config.finetune_steps} steps of fine-tuning from {config.finetune_lr}, no new search. "
         + tuned["protocol"], validation_words(config),
-        *test_tables(tests, gmacs, config.frame)]) + "\n"
+        *test_tables(tests, dict.fromkeys(("before", "after"), tuned), config.frame)]) + "\n"
 
 
 def front_picture(found, finetune, drift):
     """The search as SVG text: loss over predicted latency, times drift; how the front grew, and its nets."""
     rows, picked = found["evaluations"], finetune["candidates"][finetune["picked"]]
     at = lambda row: (drift * row["latency_ms"], row["loss_db"])
-    tuned = (at(picked)[0], found["base_val_db"] - picked["val_after_db"])
+    after_db = found["base_val_db"] - picked["val_after_db"]
+    told = "{}\n{:.1f} ms, {:.2f} dB".format
     design, Mark = min(len(rows), search.INITIAL + 2), search.Mark
     return search.front_svg(
         [at(row) for row in rows], sorted({design, (design + len(rows)) // 2, len(rows)}),
         [Mark("ring", 13, search.INK, "knee candidates", [at(row) for row in finetune["candidates"]]),
-         Mark("square", 6, search.INK, "base net", [at(rows[0])],
-              "base\n{:.1f} ms, {:.2f} dB".format(*at(rows[0]))),
+         Mark("square", 6, search.INK, "base net", [at(rows[0])], told("base", *at(rows[0]))),
          Mark("diamond", 9, search.ORANGE, "chosen, before fine-tuning", [at(picked)],
-              "chosen\n{:.1f} ms, {:.2f} dB\nfine-tuned: {:.2f} dB".format(*at(picked), tuned[1])),
-         Mark("hollow", 9, search.ORANGE, "chosen, after fine-tuning", [tuned])],
-        "predicted latency of the whole net, ms",
-        f"PSNR loss on validation, dB, against the base net's {found['base_val_db']:.2f} dB "
-        "(lower left is better)")
+              f"{told('chosen', *at(picked))}\nfine-tuned: {after_db:.2f} dB"),
+         Mark("hollow", 9, search.ORANGE, "chosen, after fine-tuning", [(at(picked)[0], after_db)])],
+        "predicted latency of the whole net, ms", "PSNR loss on validation, dB, against the base net's "
+        f"{found['base_val_db']:.2f} dB (lower left is better)")
 
 
-def enlarged(image, side):
-    """(3, H, W) in [0, 1] -> a PIL image whose longer side has `side` pixels."""
+def enlarged(image, side, window=None):
+    """(3, H, W) in [0, 1] -> a PIL image, its longer side `side`; a frame around window (top, left, size)."""
     pixels = image.permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
-    return ImageOps.contain(Image.fromarray(pixels), (side, side), Image.BICUBIC)
-
-
-def framed(image, window, side):
-    """`enlarged`, with a frame around window (top, left, size)."""
-    picture = enlarged(image, side)
-    top, left, size = (round(side / max(image.shape[-2:]) * value) for value in window)
-    size = max(size, 4)                           # of a very long picture
-    for out, colour in ((2, "white"), (0, search.INK)):
-        box = (left - out, top - out, left + size - 1 + out, top + size - 1 + out)
-        ImageDraw.Draw(picture).rectangle(box, outline=colour, width=2)
+    picture = ImageOps.contain(Image.fromarray(pixels), (side, side), Image.BICUBIC)
+    if window:
+        top, left, size = (round(side / max(image.shape[-2:]) * value) for value in window)
+        size = max(size, 4)                       # of a very long picture
+        for out, colour in ((2, "white"), (0, search.INK)):
+            box = (left - out, top - out, left + size - 1 + out, top + size - 1 + out)
+            ImageDraw.Draw(picture).rectangle(box, outline=colour, width=2)
     return picture
 
 
@@ -2458,24 +2405,24 @@ def sample_pairs(sets, count=4):
 def samples_picture(pairs, base, chosen, device, side=224):
     """A row per (name, pair): the blurred picture; blurred, base, chosen, sharp crops, `side` pixels each."""
     titles = ("whole picture, blurred", "blurred", "base net", "chosen net", "sharp")
-    gap, row_side = 12, side + 38
-    canvas = Image.new("RGB", (gap + 5 * (side + gap), 38 + len(pairs) * row_side), "white")
+    columns = range(12, 12 + 5 * (side + 12), side + 12)
+    rows = range(38, 38 + len(pairs) * (side + 38), side + 38)
+    canvas = Image.new("RGB", (columns.stop, rows.stop), "white")
     draw, font, small = ImageDraw.Draw(canvas), ImageFont.load_default(18), ImageFont.load_default(15)
-    for column, title in enumerate(titles):
-        draw.text((gap + column * (side + gap) + side / 2, 20), title, search.INK, font, anchor="mm")
-    for line, (name, pair) in enumerate(pairs):
+    for x, title in zip(columns, titles):
+        draw.text((x + side / 2, 20), title, search.INK, font, anchor="mm")
+    for y, (name, pair) in zip(rows, pairs):
         sharp, blur = load_pair(pair)
         nets = [restore(net, [blur], device) for net in (base, chosen)]
         images = [image[0] for image in (as_batch([blur], device), *nets, as_batch([sharp], device))]
-        window = worst_window(torch.stack(images).var(0).mean(0), min(128, (min(sharp.shape[-2:]) + 1) // 2))
-        top, left, size = window
+        crop = min(128, (min(sharp.shape[-2:]) + 1) // 2)
+        top, left, size = window = worst_window(torch.stack(images).var(0).mean(0), crop)
         parts = [image[:, top:top + size, left:left + size] for image in images]
-        cells = [framed(images[0], window, side), *(enlarged(part, side) for part in parts)]
-        scores = (f"{psnr(image, images[3]):.2f} ({psnr(part, parts[3]):.2f})"
-                  for image, part in zip(images[:3], parts))
+        cells = [enlarged(images[0], side, window), *(enlarged(part, side) for part in parts)]
+        scores = [f"{psnr(image, images[3]):.2f} ({psnr(part, parts[3]):.2f})"
+                  for image, part in zip(images[:3], parts)]
         labels = [f"{name[:14]}: dB, whole (crop)", *scores, "reference"]
-        for column, (cell, label) in enumerate(zip(cells, labels)):
-            x, y = gap + column * (side + gap), 38 + line * row_side
+        for x, cell, label in zip(columns, cells, labels):
             canvas.paste(cell, (x + (side - cell.width) // 2, y + (side - cell.height) // 2))
             draw.text((x + side / 2, y + side + 17), label, search.INK, small, anchor="mm")
     return canvas
@@ -2483,26 +2430,22 @@ def samples_picture(pairs, base, chosen, device, side=224):
 
 def stage_report(job, base, saliency, profile, distill, search, finetune, evaluate, control=None):
     """Section III: report.md with all tables, pareto.svg, samples.png -> {file name: bytes}."""
-    config = job.config
+    config, stream = job.config, io.BytesIO()
     nets = [blocks.deploy(net) for net in (base_net(base, job.device), chosen_net(finetune, job.device))]
-    stream, frame = io.BytesIO(), "{}x{}".format(*config.frame)
     samples = sample_pairs({"test": job.pairs("test"), **named_pairs(config)})
     samples_picture(samples, *nets, job.device).save(stream, "PNG", dpi=(300, 300))
-    gmacs = {name: evaluate[name]["gmacs"] for name in ("base", "chosen")}
     art = dict(base=base, saliency=saliency, profile=profile, distill=distill, search=search,
                finetune=finetune, evaluate=evaluate)
-    controls = [control] if control else []       # there after --stage control
+    worth = [control_words(control), control_section(config, control)] if control else ["", []]
     text = "\n\n".join([
-        "# What did I gain", " ".join([gain_words(evaluate), *map(control_words, controls)]),
-        gain_table(evaluate), pace_words(evaluate),
-        f"{evaluate['test_pairs']} test pairs ({config.data or 'made'}); frame {frame}. "
-        f"{evaluate['protocol']} "
-        "Test images took no part in training, search or selection.", "![samples](samples.png)",
+        "# What did I gain", f"{gain_words(evaluate)} {worth[0]}".rstrip(), gain_table(evaluate),
+        pace_words(evaluate), f"{evaluate['test_pairs']} test pairs ({config.data or 'made'}); frame "
+        f"{config.frame[0]}x{config.frame[1]}. {evaluate['protocol']} Test images took no part in training, "
+        "search or selection.", "![samples](samples.png)",
         *saliency_section(saliency), *latency_section(profile),
         *front_section(search, distill["diverged"], config.pick),
         *nets_section(evaluate, finetune, search, profile, config.finetune_steps),
-        *test_tables(evaluate["tests"], gmacs, config.frame),
-        *itertools.chain(*(control_section(config, each) for each in controls)),
+        *test_tables(evaluate["tests"], evaluate, config.frame), *worth[1],
         *site_section(saliency, profile, search, finetune),
         *sums_section(evaluate["sums"]), *device_section(evaluate), *made_section(config, art)]) + "\n"
     picture = front_picture(search, finetune, evaluate["sums"]["drift"])
@@ -2514,52 +2457,39 @@ def stage_report(job, base, saliency, profile, distill, search, finetune, evalua
 TILE = 512                                        # pixels a side; a larger photograph is done in tiles
 
 
-def tile_starts(side, tile, overlap):
-    """Where tiles begin along one axis; the last ends at the border."""
-    if side <= tile:
-        return [0]
-    return [*range(0, side - tile, tile - overlap), side - tile]
-
-
 def deblur(net, image, device="cpu", tile=TILE, overlap=64):
     """uint8 (3, H, W) of any size -> the same, restored; large images in overlapping tiles.
 
-    Tiles fade into one another over `overlap` pixels, so that nothing shows where they meet. Besides the two
-    images, memory holds one row of tiles.
+    Tiles fade into one another over `overlap` pixels. Memory holds the two images and one row of tiles.
     """
     height, width = image.shape[-2:]
     if height <= tile and width <= tile:
         return (restore(net, [image], device)[0] * 255).round().byte().cpu()
-    rows, cols = (tile_starts(side, tile, overlap) for side in (height, width))
+    rows, cols = ([*range(0, side - tile, tile - overlap), max(0, side - tile)] for side in (height, width))
     fade = torch.minimum(torch.arange(1, tile + 1), torch.arange(tile, 0, -1)).clamp(max=overlap) / overlap
-    out, total, weight = torch.empty_like(image), torch.zeros(3, tile, width), torch.zeros(1, tile, width)
+    out, total = torch.empty_like(image), torch.zeros(4, tile, width)  # RGB and what it is to be divided by
     tick, done = progress("deblur", len(rows) * len(cols)), itertools.count(1)
     for top, following in zip(rows, [*rows[1:], height]):
         for left in cols:
             window = image[:, top:top + tile, left:left + tile]
-            share = fade[:window.shape[1], None] * fade[None, :window.shape[2]]
-            here = (slice(None), slice(window.shape[1]), slice(left, left + tile))
+            share = fade[None, :window.shape[1], None] * fade[:window.shape[2]]
             with torch.inference_mode():
-                total[here] += net(as_batch([window], device))[0].cpu() * share
-            weight[here] += share
+                seen = torch.cat([net(as_batch([window], device))[0].cpu() * share, share])
+                total[:, :window.shape[1], left:left + tile] += seen
             tick(next(done))
         ready = following - top                   # rows that no further tile covers
-        out[:, top:following] = (quantize(total[:, :ready] / weight[:, :ready]) * 255).round()
-        total, weight = (F.pad(rows_left[:, ready:], (0, 0, 0, ready)) for rows_left in (total, weight))
+        out[:, top:following] = (quantize(total[:3, :ready] / total[3, :ready]) * 255).round()
+        total = F.pad(total[:, ready:], (0, 0, 0, ready))
     return out
 
 
 def tiling_db(net, image, restored, device="cpu", side=768, margin=64):
-    """What tiles cost: PSNR in dB of `restored`, in tiles, against one pass over the middle of the image.
-
-    At most side x side pixels, less a margin where the image goes on beyond them.
-    """
+    """PSNR in dB of `restored`, in tiles, against one pass over the middle: side x side, less its margins."""
     at = [max(0, (length - side) // 2) for length in image.shape[-2:]]
-    part = [slice(start, start + side) for start in at]
-    whole = restore(net, [image[:, part[0], part[1]]], device)[0].cpu()
-    inner = [slice(margin, -margin) if start else slice(None) for start in at]
-    tiles = restored[:, part[0], part[1]][:, inner[0], inner[1]].float() / 255
-    return psnr(whole[:, inner[0], inner[1]], tiles).item()
+    part = (..., *(slice(start, start + side) for start in at))
+    inner = (..., *(slice(margin, -margin) if start else slice(None) for start in at))
+    whole = restore(net, [image[part]], device)[0].cpu()
+    return psnr(whole[inner], restored[part][inner].float() / 255).item()
 
 
 def deblur_file(net, source, target, device):
@@ -2573,9 +2503,8 @@ def deblur_file(net, source, target, device):
 
     def extras(image):
         profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA") else None
-        if not image.has_transparency_data:
-            return profile, None
-        return profile, ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+        clear = ImageOps.exif_transpose(image).convert("RGBA") if image.has_transparency_data else None
+        return profile, clear and clear.getchannel("A")
 
     rgb, (profile, alpha), stream = load_image(source), photo(source, extras), io.BytesIO()
     restored = deblur(net, rgb, device)
@@ -2597,10 +2526,9 @@ def deblur_file(net, source, target, device):
 def tuned_in(out, stage):
     """The artefact of stage finetune in `out`, whatever its configuration, for `stage`."""
     path = out / "finetuned.pt"
-    if not path.exists():
-        raise InputError(f"--stage {stage} needs {path}, which is not there: "
-                         f"run --stage all --out {out} first")
-    return loaded(path, {"stage": "finetune"})
+    if path.exists():
+        return loaded(path, {"stage": "finetune"})
+    raise InputError(f"--stage {stage} needs {path}, which is not there: run --stage all --out {out} first")
 
 
 def run_deblur(source, target, out, device):
@@ -2626,34 +2554,24 @@ def measured_card(out, tuned, frame):
     return card
 
 
-def checked_for_float16(tuned):
-    """`within_float16` of the net of artefact `tuned` on its validation pairs, where those are there."""
-    kept = {f.name: f.default for f in dataclasses.fields(Config)} | tuned["config"]
-    config = Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()})
-    try:
-        return within_float16(chosen_net(tuned), split_pairs(config, "val"), "cpu")
-    except InputError as error:
-        return blocks.deploy(chosen_net(tuned)), [f"not checked for float16, as {error}"]
-
-
 def run_export(out, frame=None):
-    """Write the net made in `out` as deblur.pt2, a torch.export program for one frame size, and its card.
-
-    frame: (H, W) in pixels; default, the size that was profiled.
-    """
+    """Write the net in `out` as deblur.pt2 (torch.export), for frames (H, W) or as profiled, and its card."""
     tuned = tuned_in(out, "export")
     height, width = frame or tuned["config"].get("frame")
-    net, lines = checked_for_float16(tuned)
+    config = Config(**{key: tuple(v) if isinstance(v, list) else v for key, v in tuned["config"].items()})
+    try:
+        net, lines = within_float16(chosen_net(tuned), split_pairs(config, "val"), "cpu")
+    except InputError as error:                   # the pairs may be elsewhere
+        net, lines = blocks.deploy(chosen_net(tuned)), [f"not checked for float16, as {error}"]
     for line in lines:
         say(f"export: {line}")
-    program = profile_device.exported(net, (1, 3, height, width))
-    stream = io.BytesIO()
+    program, stream = profile_device.exported(net, (1, 3, height, width)), io.BytesIO()
     torch.export.save(program, stream)
     card = {"input": program.graph_signature.user_inputs[0], "shape": [1, 3, height, width], "layout": "NCHW",
             "dtype": "float32", "range": [0, 1], "channel_order": "RGB",
-            "output": "as the input; clamp it to [0, 1]", "float16": lines,
-            "arch": tuned["arch"], "choice": tuned["choice"], **measured_card(out, tuned, [height, width]),
-            "licence": "MIT", "seed": tuned["seed"], "versions": {"torch": str(torch.__version__)}}
+            "output": "as the input; clamp it to [0, 1]", "float16": lines, "arch": tuned["arch"],
+            "choice": tuned["choice"], **measured_card(out, tuned, [height, width]), "licence": "MIT",
+            "seed": tuned["seed"], "versions": {"torch": str(torch.__version__)}}
     write_file(out / "deblur.pt2", stream.getvalue())
     write_file(out / "deblur.json", (json.dumps(card, indent=1) + "\n").encode())
     say(f"export: {out / 'deblur.pt2'} and deblur.json written, for frames of {height}x{width}")
@@ -2844,9 +2762,8 @@ def conclude(config, last, out, known):
     if last in ("evaluate", "report"):
         metrics = current(out, config, "evaluate", known, "report")
         found = current(out, config, "search", known, "report")
-        gmacs = {name: metrics[name]["gmacs"] for name in ("base", "chosen")}
         parts = [gain_table(metrics), gain_words(metrics), pace_words(metrics),
-                 *test_tables(metrics["tests"], gmacs, config.frame), wish_list(found)]
+                 *test_tables(metrics["tests"], metrics, config.frame), wish_list(found)]
     elif last == "control":
         control = current(out, config, "control", known, "control")
         print(f"{control_table(control)}\n\n{control_words(control)}\n\n"
