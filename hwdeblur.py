@@ -175,6 +175,7 @@ class Config:
     distill_lr: float = knob(4e-3, "distill", "first learning rate, cosine to 0", 1e-12, 1e30)
     space: str = knob("paper", "saliency", "what may change: paper, all but the critical stage, block for "
                       "block; all, every block, which may also go", choices=("paper", "all"))
+    keep: int = knob(0, "saliency", "most salient stages that stay with --space all as well", 0, 99)
     evaluations: int = knob(100, "search", "configurations that the search proposes (II-C)", 1)
     candidates: int = knob(2, "search", "architectures of the knee region that are fine-tuned (II-C)", 1)
     max_ms: float = knob(0.0, "search", "most latency of a candidate, predicted, 0: any", 0, 1e9, "ms")
@@ -1287,9 +1288,12 @@ def stage_saliency(job, base):
     batch = crops(job.pairs("train"), config.seed + 1, config.crop, count)(0)
     loss = functools.partial(blocks.psnr_loss, cap_db=config.cap_db)
     scores = blocks.saliency(net, *(as_batch(images, job.device) for images in batch), loss)
-    kept, every = blocks.critical_stages(scores), config.space == "all"
-    return {"scores": scores, "mean_ranks": blocks.mean_ranks(scores), "critical": kept,
-            "sites": [site for site in blocks.site_names(net) if every or site.split(".")[0] not in kept]}
+    kept = blocks.critical_stages(scores, config.keep if config.space == "all" else 1)
+    sites = [site for site in blocks.site_names(net) if site.split(".")[0] not in kept]
+    if not sites:
+        raise InputError(f"--keep {config.keep} leaves no block to change: give less")
+    return {"scores": scores, "mean_ranks": blocks.mean_ranks(scores), "sites": sites,
+            "critical": kept or blocks.critical_stages(scores)}
 
 
 def hub(job):

@@ -3031,6 +3031,21 @@ class Whole(unittest.TestCase):
         _, said = self.done("--stage", "all", "--target", "paper", *TINY, "--evaluations", 25, out=out)
         self.assertRegex(said, "report: .*control.json was made .*, so it is left out")
 
+    def test_the_most_salient_stages_stay_where_asked_for(self):
+        out, flags = self.copied("keep", "base.pt"), ["--target", "paper", *TINY, "--space", "all"]
+        for count, left in ((0, 5), (1, 4), (2, 3)):
+            self.done("--stage", "saliency", *flags, "--keep", count, out=out)
+            found = json.loads((out / "saliency.json").read_text())
+            kept = blocks.critical_stages(found["scores"], count)
+            self.assertEqual(found["critical"], kept or blocks.critical_stages(found["scores"]))
+            stages = {site.split(".")[0] for site in found["sites"]}
+            self.assertEqual((len(found["sites"]), stages & set(kept)), (left, set()))
+            if count == 1:
+                self.done("--stage", "profile", *flags, "--keep", count, out=out)
+                self.assertEqual(json.loads((out / "profile.json").read_text())["options"][-1], "NoBlock")
+            (out / "saliency.json").unlink()
+        self.refused("--keep 9 leaves no block", "--stage", "saliency", *flags, "--keep", 9, out=out)
+
     def test_a_control_that_diverges_is_left_out(self):
         out, trained = self.copied("diverged_control"), hwdeblur.trained
 
