@@ -1529,7 +1529,7 @@ def stage_search(job, base, saliency, profile, distill):
                                 history=history, batch=world(), map=lambda _, new: score_all(new), each=each)
     for warning in ended:
         say(str(warning.message))
-    gain_db = base_db - evaluate(None, val, job.device, with_ssim=False)["psnr_db"]
+    gain_db = base_db - means(image_scores(None, val, job.device, with_ssim=False))["psnr_db"]
     candidates = functools.partial(best_compromises, count=config.candidates, gain_db=gain_db,
                                    limits=wished(config, profile))
     history, front, knee = with_swaps_back(history, candidates, score_all, penalty)
@@ -1932,7 +1932,7 @@ def score_tau(sites, candidates, rows):
 
 
 def stage_control(job, base, saliency, profile, distill, search, finetune):
-    """Is the search worth it? Other nets of the chosen net's latency, trained alike; after all."""
+    """Is the search worth it? Other nets of the chosen net's latency, trained alike."""
     plan = resumed(job, "control.plan.part", "planned")
     if not plan:
         plan = first(lambda made=control_plan(job, base, saliency, profile, distill, search, finetune): made)
@@ -2605,14 +2605,13 @@ STAGES = {"base": Stage(stage_base, "base.pt", True),
           "search": Stage(stage_search, "search.json", True),
           "finetune": Stage(stage_finetune, "finetuned.pt", True),
           "evaluate": Stage(stage_evaluate, "metrics.json"),
-          "report": Stage(stage_report, "report.md"),
-          "control": Stage(stage_control, "control.json", True)}
-ALL = [name for name in STAGES if name != "control"]     # what --stage all runs, in order
+          "report": Stage(stage_report, "report.md")}      # what --stage all runs, in order
+EVERY = {**STAGES, "control": Stage(stage_control, "control.json", True)}
 ADAPT = Stage(stage_adapt, "finetuned.pt", True)         # the form that finetune has with --from
 
 
 def stage_of(config, name):
-    return ADAPT if config.from_ and name == "finetune" else STAGES[name]
+    return ADAPT if config.from_ and name == "finetune" else EVERY[name]
 
 
 def relevant(config, name):
@@ -2633,7 +2632,7 @@ def header(config, name, art):
     art {need: artefact}; the file behind --weights or --from counts as well, where it is there.
     """
     file = Path(config.weights if name == "base" else config.from_)
-    inputs = {STAGES[need].file: content["checksum"] for need, content in art.items()}
+    inputs = {EVERY[need].file: content["checksum"] for need, content in art.items()}
     if name in ("base", "finetune") and file.is_file():
         inputs[str(file)] = zlib.crc32(file.read_bytes())
     options = option_names(config.space == "all" or config.from_)
@@ -2648,13 +2647,13 @@ def current(out, config, name, known, asked_by):
 
     known {name: artefact}: those found so before; added to.
     """
-    path, stage = out / STAGES[name].file, stage_of(config, name)
+    path, stage = out / EVERY[name].file, stage_of(config, name)
     if not path.exists():
         raise InputError(f"stage {asked_by} needs {path}, which is not there: "
                          f"run --stage {name} --out {out} first")
     if name not in known:
         art = {need: current(out, config, need, known, name) for need in stage.needs
-               if (out / STAGES[need].file).exists()}
+               if (out / EVERY[need].file).exists()}
         try:
             known[name] = loaded(path, header(config, name, art))
         except Stale as why:
@@ -2680,11 +2679,11 @@ def discard(path):
 
 def prepared(config, name, out, device, known, anew):
     """What stage `name` reads, {need: artefact}; None where its own artefact is there and fits."""
-    path = out / STAGES[name].file
+    path = out / EVERY[name].file
     stage = stage_of(config, name)
     art = {need: current(out, config, need, known, name) for need in stage.needs}
     for extra in stage.reads[len(stage.needs):]:          # shown where it is there and fits
-        file, read = out / STAGES[extra].file, STAGES[extra].needs
+        file, read = out / EVERY[extra].file, EVERY[extra].needs
         try:
             if file.exists():
                 made_from = {need: current(out, config, need, known, name) for need in read}
@@ -2707,7 +2706,7 @@ def prepared(config, name, out, device, known, anew):
 
 def finish(job, name, payload):
     """Write what a stage made, and remove what it kept on the way -> the artefact, read again."""
-    path = job.out / STAGES[name].file
+    path = job.out / EVERY[name].file
     if name != "report":
         saved(path, payload, job.head)
         discard(path)
@@ -2785,7 +2784,7 @@ def conclude(config, last, out, known):
 
 def asked_hub(config, out, force):
     """Refuse a token or a device that the hub does not know, unless all that it is asked for is there."""
-    if force or not all((out / STAGES[name].file).exists() for name in ("profile", "evaluate")):
+    if force or not all((out / EVERY[name].file).exists() for name in ("profile", "evaluate")):
         profile_device.hub_client(config.hub_device)
 
 
@@ -2806,7 +2805,7 @@ def run(config, stage, out, device="cpu", force=False):
             first(lambda: asked_hub(config, out, force))
         agreed(lambda: (config.data and [pairs(split) for split in ("train", "test")], named_pairs(config)))
     with held(out):
-        for name in ALL if stage == "all" else [stage]:
+        for name in STAGES if stage == "all" else [stage]:
             begun, each = time.monotonic(), stage_of(config, name)
             anew = force and name == (stage if stage in ("evaluate", "control") else "profile")
             art = agreed(lambda: None if rank() else prepared(config, name, out, device, known, anew))
@@ -2841,8 +2840,9 @@ def sides(text):
 
 def stage_lines():
     """{what --stage takes: what it does, in one line}, in order."""
-    return {**{name: stage.function.__doc__.splitlines()[0] for name, stage in STAGES.items()},
-            "all": "Those from base to report, in order; what is there and fits is reused.",
+    first_lines = {name: stage.function.__doc__.splitlines()[0] for name, stage in EVERY.items()}
+    control = first_lines.pop("control")
+    return {**first_lines, "all": "These, in order; what is there and fits is reused.", "control": control,
             "deblur": "Restore the photograph --input into --output with the net in --out.",
             "export": "Write that net as deblur.pt2, a torch.export program, and its card deblur.json."}
 
