@@ -1440,13 +1440,13 @@ def score_new(score, scored, keep, proposals):
     return [scored[options] for options in proposals]
 
 
-def useful(front, losses, gain_db):
+def useful(front, losses, gain_db, limits=(math.inf, math.inf)):
     """The positions of `front` whose loss in dB is less than what the base net gains over the blurred input.
 
     A net that loses as much is worth nothing, as the blurred input takes no time. All, where the base gains
-    nothing.
+    nothing, or where limits (see `wished`) say what is wanted.
     """
-    return [i for i in front if losses[i] < gain_db or gain_db <= 0]
+    return [i for i in front if losses[i] < gain_db or gain_db <= 0 or any(map(math.isfinite, limits))]
 
 
 def best_compromises(history, count, limits=(math.inf, math.inf), gain_db=math.inf):
@@ -1458,7 +1458,7 @@ def best_compromises(history, count, limits=(math.inf, math.inf), gain_db=math.i
     """
     Y, limited = np.array([e[1:] for e in history]), np.isfinite(limits)
     whole = search.front_of(Y)
-    front = whole if limited.any() else useful(whole, Y[:, 0], gain_db)
+    front = useful(whole, Y[:, 0], gain_db, limits)
     order = search.knee(Y[front], len(front))
     if limited.sum() == 1:
         order = sorted(order, key=lambda i: Y[front[i], limited.argmin()])
@@ -1530,8 +1530,8 @@ def stage_search(job, base, saliency, profile, distill):
     for warning in ended:
         say(str(warning.message))
     gain_db = base_db - means(image_scores(None, val, job.device, with_ssim=False))["psnr_db"]
-    candidates = functools.partial(best_compromises, count=config.candidates, gain_db=gain_db,
-                                   limits=wished(config, profile))
+    limits = wished(config, profile)
+    candidates = functools.partial(best_compromises, count=config.candidates, limits=limits, gain_db=gain_db)
     history, front, knee = with_swaps_back(history, candidates, score_all, penalty)
     rows = [{"options": list(e.options), "loss_db": e.loss_db, "penalty": e.penalty,
              "latency_ms": profile_device.network_ms(profile, choice_of(sites, e.options))} for e in history]
@@ -1539,7 +1539,7 @@ def stage_search(job, base, saliency, profile, distill):
         refuse_wish(config, [(rows[i]["loss_db"], rows[i]["latency_ms"]) for i in front
                              if any(rows[i]["options"])])
     Y, ref = np.array([e[1:] for e in history]), search.default_ref(history, penalty)
-    part = front if any(map(np.isfinite, wished(config, profile))) else useful(front, Y[:, 0], gain_db)
+    part = useful(front, Y[:, 0], gain_db, limits)
     below = dict(zip(part, search.below_chord(Y[part]).tolist()))
     return {"sites": sites, "evaluations": rows, "proposed": len(proposed), "front": front, "knee": knee,
             "base_val_db": base_db, "gain_db": gain_db, "below_chord": [below[i] for i in knee],
@@ -1712,11 +1712,11 @@ def measure_nets(job, table, nets, choices, count=30):
     profiled blocks predict nets in general, whatever the machine's speed is by now. A net without a choice
     has a time, but no sum.
     """
-    rng, more = np.random.default_rng([job.config.seed, 5]), {}
     if job.config.target == "local":
-        more = random_nets(table["sites"], nets["base"], count, rng)
-    choices = {**choices, **{name: choice for name, (choice, _) in more.items()}}
-    nets = {**nets, **{name: net for name, (_, net) in more.items()}}
+        rng = np.random.default_rng([job.config.seed, 5])
+        drawn = random_nets(table["sites"], nets["base"], count, rng)
+        choices = {**choices, **{name: choice for name, (choice, _) in drawn.items()}}
+        nets = {**nets, **{name: net for name, (_, net) in drawn.items()}}
     measured, where, more = time_whole(job, table, nets)
     return measured, {**sums(table, choices, measured, where), **more}
 
@@ -1847,7 +1847,7 @@ def seconds_per_step(job, net, count=4):
     return statistics.median(np.diff(times))
 
 
-def trained_control(job, base, distill, control):
+def trained_control(job, net, surrogates, arch, control):
     """The net of one control -> (it, its validation PSNR in dB [before, after] fine-tuning).
 
     Trained as base and candidates were, on the same crops at the same rates; from scratch with batch norms
@@ -1856,15 +1856,14 @@ def trained_control(job, base, distill, control):
     config, name, choice = job.config, control["name"], control["choice"]
     file = "control." + re.sub(r"\W+", "-", name)
     if control["scratch"]:
-        arch = {**base["arch"], "width": control["width"] or base["arch"]["width"], "window": None}
-        net = new_net(**arch, seed=config.seed).to(job.device)
+        own = {**arch, "width": control["width"] or arch["width"], "window": None}
+        net = new_net(**own, seed=config.seed).to(job.device)
         new = {site: {k: blocks.new_surrogate(net, site, k, config.seed)} for site, k in choice.items()}
         start = trained(job, blocks.assemble(net, new, choice), config.base_steps, config.base_lr,
                         f"control: {name}", f"{file}-base.part", config.seed)
-        blocks.set_window(start, base["arch"]["window"])               # after training, as the base's is
+        blocks.set_window(start, arch["window"])  # after training, as the base's is
     else:
-        net = base_net(base, job.device)
-        start = blocks.assemble(net, trained_surrogates(net, distill, config.seed), choice)
+        start = blocks.assemble(net, surrogates, choice)
     tuned = trained(job, start, config.finetune_steps, config.finetune_lr, f"control: {name}", f"{file}.part",
                     config.seed + 4)
     db = [evaluate(each, job.pairs("val"), job.device, with_ssim=False)["psnr_db"] for each in (start, tuned)]
@@ -1882,18 +1881,21 @@ def control_nets(job, controls, base, distill, finetune):
     """{name: (net, [its validation dB before, after])}: equal ones trained once, diverged ones left out."""
     config, picked, base_db = job.config, finetune["candidates"][finetune["picked"]], base["val"]["psnr_db"]
     chosen = chosen_net(finetune, job.device), [picked["val_before_db"], picked["val_after_db"]]
-    made = {"base": (base_net(base, job.device), [base_db, base_db]), "chosen": chosen}
+    net = base_net(base, job.device)
+    surrogates = trained_surrogates(net, distill, config.seed)
+    made = {"base": (net, [base_db, base_db]), "chosen": chosen}
     todo = [c for c in controls if c["name"] not in made and not c["missing"]]
     scratch, alike = sum(c["scratch"] for c in todo), {swaps_of(finetune["choice"]): chosen}
     steps = len(todo) * config.finetune_steps + scratch * config.base_steps
-    minutes = first(lambda: steps * seconds_per_step(job, made["base"][0])) / 60
+    minutes = first(lambda: steps * seconds_per_step(job, net)) / 60
     say(f"control: {len(todo)} nets to train, {scratch} of them from scratch, {steps:,} steps in all: about "
         f"{minutes:.0f} minutes at the base net's pace, less what is done already")
     for control in todo:
         name = control["name"]
         key = name if control["scratch"] else swaps_of(control["choice"])
         try:
-            alike[key] = made[name] = alike.get(key) or trained_control(job, base, distill, control)
+            alike[key] = made[name] = alike.get(key) or trained_control(job, net, surrogates, base["arch"],
+                                                                        control)
         except InputError as error:
             if "diverged" not in str(error):
                 raise
@@ -1935,7 +1937,8 @@ def stage_control(job, base, saliency, profile, distill, search, finetune):
     """Is the search worth it? Other nets of the chosen net's latency, trained alike."""
     plan = resumed(job, "control.plan.part", "planned")
     if not plan:
-        plan = first(lambda made=control_plan(job, base, saliency, profile, distill, search, finetune): made)
+        plan = control_plan(job, base, saliency, profile, distill, search, finetune)
+        plan = first(lambda: plan)                # rank 0's: machines may round differently
         first(lambda: saved(job.out / "control.plan.part", plan, job.head))
     job = job._replace(head={**job.head, "inputs": {**job.head["inputs"], "the plan": digest(plan)}})
     made = control_nets(job, plan["controls"], base, distill, finetune)
