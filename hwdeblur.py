@@ -1501,13 +1501,9 @@ def with_swaps_back(history, candidates, score_all, penalty):
         history = history + [search.evaluated(o, db, penalty) for o, db in zip(new, score_all(new))]
 
 
-def stage_search(job, base, saliency, profile, distill):
-    """Section II-C: Bayesian search over all configurations; scored by plug-and-play passes."""
-    config, sites, net = job.config, saliency["sites"], base_net(base, job.device)
-    penalty = search.penalties(profile, sites, distill["diverged"])
-    val = [load_pair(pair) for pair in job.pairs("val")]
-    base_db, score = scorer(net, trained_surrogates(net, distill, config.seed), sites, val, job.device)
-    scored, begun = kept_scores(job)
+def searched(job, score, penalty):
+    """The search, from where it was left -> (history, {options: loss_db} of all scored so far, score_all)."""
+    config, (scored, begun) = job.config, kept_scores(job)
     proposed = list(scored)[:min(begun, config.evaluations)]
     history = [search.evaluated(options, scored[options], penalty) for options in proposed]
     tick = progress("search", config.evaluations, len(history))
@@ -1529,8 +1525,18 @@ def stage_search(job, base, saliency, profile, distill):
                                 history=history, batch=world(), map=lambda _, new: score_all(new), each=each)
     for warning in ended:
         say(str(warning.message))
+    return history, scored, score_all
+
+
+def stage_search(job, base, saliency, profile, distill):
+    """Section II-C: Bayesian search over all configurations; scored by plug-and-play passes."""
+    config, sites, net = job.config, saliency["sites"], base_net(base, job.device)
+    penalty = search.penalties(profile, sites, distill["diverged"])
+    val = [load_pair(pair) for pair in job.pairs("val")]
+    base_db, score = scorer(net, trained_surrogates(net, distill, config.seed), sites, val, job.device)
+    history, scored, score_all = searched(job, score, penalty)
+    proposed, limits = len(history), wished(config, profile)
     gain_db = base_db - means(image_scores(None, val, job.device, with_ssim=False))["psnr_db"]
-    limits = wished(config, profile)
     candidates = functools.partial(best_compromises, count=config.candidates, limits=limits, gain_db=gain_db)
     history, front, knee = with_swaps_back(history, candidates, score_all, penalty)
     rows = [{"options": list(e.options), "loss_db": e.loss_db, "penalty": e.penalty,
@@ -1541,7 +1547,7 @@ def stage_search(job, base, saliency, profile, distill):
     Y, ref = np.array([e[1:] for e in history]), search.default_ref(history, penalty)
     part = useful(front, Y[:, 0], gain_db, limits)
     below = dict(zip(part, search.below_chord(Y[part]).tolist()))
-    return {"sites": sites, "evaluations": rows, "proposed": len(proposed), "front": front, "knee": knee,
+    return {"sites": sites, "evaluations": rows, "proposed": proposed, "front": front, "knee": knee,
             "base_val_db": base_db, "gain_db": gain_db, "below_chord": [below[i] for i in knee],
             "space": math.prod(map(len, search.available(penalty))), "ref": ref.tolist(),
             "hypervolume": search.hypervolume(Y, ref),
