@@ -3301,7 +3301,7 @@ class Project(unittest.TestCase):
     def test_every_function_that_the_readme_names_exists(self):
         text = (HERE / "README.md").read_text()
         modules = {m.__name__: m for m in (blocks, search, profile_device, hwdeblur)}
-        paper_map = text.split("| paper | here |")[1].split("| file |")[0].strip().splitlines()[1:]
+        paper_map = text.split("| paper | here |")[1].split("\n\n")[0].strip().splitlines()[1:]
         self.assertGreater(len(paper_map), 10)
         for row in paper_map:
             self.assertRegex(row, rf"`({'|'.join(modules)})\.\w+`")
