@@ -13,7 +13,6 @@ import contextlib
 import copy
 import difflib
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -174,10 +173,6 @@ def distinct_modules(net, blocks, frame, deploy, device):
     return keys, {**entries, "net": (net, (1, 3, *frame))}
 
 
-def submodule_name(net, site):
-    return next(name for name, module in net.named_modules() if module is net.blocks()[site])
-
-
 def time_in_place(keys, entries, device="cpu", rounds=60, warmup=3):
     """What `distinct_modules` gives -> {key: [ms, one per round]}; the net in `entries` is altered."""
     # A block that is called over and over by itself finds its input in the cache and the memory of its output
@@ -185,7 +180,8 @@ def time_in_place(keys, entries, device="cpu", rounds=60, warmup=3):
     # alone rank whole nets worse.
     keep_memory()
     (net, shape), spans, times = entries["net"], {}, {key: [] for key in entries}
-    names, originals = [submodule_name(net, site) for site in keys], tuple(row[0] for row in keys.values())
+    named, originals = {m: name for name, m in net.named_modules()}, tuple(row[0] for row in keys.values())
+    names = [named[net.blocks()[site]] for site in keys]
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
     for key, (module, _) in entries.items():
         module.register_forward_pre_hook(lambda *_, key=key: spans.setdefault(key, []).append([stamp(x)]))
@@ -551,32 +547,22 @@ def hub_alone(net, blocks, frame, deploy, calibration, **how):
         title(*entries[key][:2]): {**found[key], "sites": where[key]} for key in entries}
 
 
-def printed(module):
-    """A module in nested lists: equal ones have equal parts and methods, whatever class inherits them."""
-    names = {f.__qualname__ for name, f in inspect.getmembers(type(module), inspect.isfunction)
-             if name != "__init__" and f is not getattr(nn.Module, name, None)}
-    parameters = [(name, *p.shape) for name, p in module.named_parameters(recurse=False)]
-    return [sorted(names), module.extra_repr(), parameters,
-            [(name, printed(child)) for name, child in module.named_children()]]
-
-
-def swapped(net, site, block):
-    """The net with this block at `site`; all other parameters are shared with `net`."""
-    net = copy.deepcopy(net, {id(p): p for p in net.parameters()})
-    net.set_submodule(submodule_name(net, site), block)
-    return net
-
-
 def hub_inside(net, blocks, frame, deploy, calibration, **how):
     """The base net, and for every site and option the base net with that swap: as `hub_alone`."""
-    base, one_of = deploy(net), {}
-    nets = {(site, k): swapped(base, site, without_zeros(deploy(block))) if k else base
-            for site, row in blocks.items() for k, block in enumerate(row)}
-    same = {key: one_of.setdefault(str(printed(one)), key) for key, one in nets.items()}
-    found = profile_hub({key: (nets[key], (1, 3, *frame), Data(calibration)) for key in one_of.values()},
-                        **how)
-    must_run("base net", found[next(iter(nets))], **how)
-    base_ms, sites = found[next(iter(nets))]["ms"], {}
+    base, same = deploy(net), {}
+    nets, shared = {(None, 0): base}, {id(p): p for p in base.parameters()}
+    met = inputs_of(base, blocks, [torch.zeros(1, 3, *frame)])
+    for site, row in blocks.items():
+        programs = {}                             # options may be one program, once their norms are folded
+        for k, block in enumerate(row):
+            block = without_zeros(deploy(block))
+            program = str(exported(block, met[site][0].shape))
+            same[site, k] = key = programs.setdefault(program, (site, k) if k else (None, 0))
+            if key not in nets:
+                nets[key] = copy.deepcopy(base, {**shared, id(base.blocks()[site]): block})
+    found = profile_hub({key: (each, (1, 3, *frame), Data(calibration)) for key, each in nets.items()}, **how)
+    must_run("base net", found[None, 0], **how)
+    base_ms, sites = found[None, 0]["ms"], {}
     # An option takes what the original does, which is as much as its best swap saves and at least an equal
     # share of the net, and what the swap changes. So base and single swaps are predicted exactly.
     for site, row in blocks.items():
@@ -587,7 +573,7 @@ def hub_inside(net, blocks, frame, deploy, calibration, **how):
     return sites, {"base_ms": base_ms, "rest_ms": rest_ms, "scale": 1.0}, {
         f"{type(blocks[at][number]).__name__} at {at}" if number else "base net":
         {**found[at, number], "sites": [site for site, k in same if k and same[site, k] == (at, number)]}
-        for at, number in one_of.values()}
+        for at, number in nets}
 
 
 def hub_timing(net, blocks, frame, deploy, inside=False, calibration=None, device=HUB_DEVICE,
