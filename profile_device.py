@@ -264,14 +264,12 @@ def ask(call, *args, **kwargs):
 
 def read_notes(path):
     """The notes of earlier runs, {} if there are none."""
-    try:
-        notes = {} if path is None else json.loads(Path(path).read_text())
+    if path is None or not Path(path).exists():
+        return {}
+    with contextlib.suppress(ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        notes = json.loads(Path(path).read_text())
         if all(isinstance(note["name"], str) for note in notes.values()):
             return notes
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        pass
     raise HubError(f"{path} is damaged: delete it, and its jobs are submitted anew")
 
 
@@ -329,25 +327,19 @@ def outcome(job, status, data):
         return {"reason": str(error)}
 
 
-def look(note, jobs, data):
-    """Note what has come of one module's jobs; True when there is nothing more to wait for."""
-    for job in jobs:                              # a failed one raises nothing in this client: all are asked
-        status = ask(job.get_status)
-        if not status.success:
-            break
-        if job in jobs[-2:-1]:
-            note["compiled"] = True
-    if status.finished:
-        found = outcome(job, status, data)
-        note.update({**NOTHING, "date": time.strftime("%Y-%m-%d"), "url": job.url, **found})
-    return status.finished
-
-
-def look_all(session):
+def look(session):
     """Note what has come of the jobs in flight; returns how many modules are still waited for."""
     before = len(session.running)
     for key, (jobs, data) in list(session.running.items()):
-        if look(session.notes[key], jobs, data):
+        for job in jobs:                          # a failed one raises nothing in this client: all are asked
+            status = ask(job.get_status)
+            if not status.success:
+                break
+            if job in jobs[-2:-1]:
+                session.notes[key]["compiled"] = True
+        if status.finished:
+            found = outcome(job, status, data)
+            session.notes[key].update({**NOTHING, "date": time.strftime("%Y-%m-%d"), "url": job.url, **found})
             del session.running[key]
     if len(session.running) < before:
         save_notes(session)
@@ -361,7 +353,7 @@ def insist(session, call, *args, **kwargs):
         try:
             return ask(call, *args, **kwargs)
         except HubFull:
-            if not look_all(session):
+            if not look(session):
                 raise
 
 
@@ -377,12 +369,6 @@ def upload(client, module, shape, name):
         path = Path(folder, "module.pt2")
         torch.export.save(exported(module, shape), path)
         return ask(client.upload_model, path, name)
-
-
-def kinds_of_job(precision):
-    """{kind: the client's type}, in order. What is quantised is made ONNX first, by the hub."""
-    quantised = {} if precision == "float" else {"onnx": "COMPILE", "quantize": "QUANTIZE"}
-    return {**quantised, "compile": "COMPILE", "profile": "INFERENCE"}
 
 
 def submitted(session, kind, source, name, shape, data):
@@ -403,12 +389,11 @@ def submitted(session, kind, source, name, shape, data):
 
 def submit(session, key, module, shape, data):
     """Submit what the notes lack -> [job of each kind]; an id is noted the moment it exists."""
-    note, jobs = session.notes.setdefault(key, {}), []
-    if "name" not in note:
-        note["name"] = f"{title(module, shape)} {os.urandom(6).hex()}"
-        save_notes(session)
+    note = session.notes.setdefault(key, {"name": f"{title(module, shape)} {os.urandom(6).hex()}"})
+    save_notes(session)                           # the name before any job: by it `find_lost` knows them
+    jobs, quantised = [], [] if session.precision == "float" else ["onnx", "quantize"]
     try:
-        for kind in kinds_of_job(session.precision):
+        for kind in (*quantised, "compile", "profile"):
             if kind in note:
                 jobs.append(ask(session.client.get_job, note[kind]))
                 continue
@@ -427,13 +412,12 @@ def submit(session, key, module, shape, data):
 def find_lost(session):
     """Note the ids of jobs whose creation was cut off before the answer came; jobs have unique names."""
     from qai_hub.client import JobType, UserError
-    begun = [session.notes[key] for key in session.keys if key in session.notes]
-    for kind, job_type in kinds_of_job(session.precision).items():
-        lost = {f"{note['name']} {kind}": note for note in begun if kind not in note}
+    begun = {note["name"]: note for key, note in session.notes.items() if key in session.keys}
+    for job_type in (JobType.COMPILE, JobType.QUANTIZE, JobType.INFERENCE) if begun else ():
         with contextlib.suppress(UserError):      # not every account may list its jobs
-            for job in session.client.get_job_summaries(limit=200, type=JobType[job_type]) if lost else ():
-                if job.name in lost:
-                    lost[job.name][kind] = job.job_id
+            for job in session.client.get_job_summaries(limit=200, type=job_type):
+                name, _, kind = job.name.rpartition(" ")
+                begun.get(name, {}).setdefault(kind, job.job_id)
 
 
 def hub_client(device):
@@ -451,14 +435,16 @@ def hub_client(device):
     return client
 
 
-def job_key(module, shape, *how, data=Data()):
+def job_key(module, shape, device, runtime, precision="float", options="", data=Data()):
     """What a result belongs to: a module's printed form, since no time depends on weights, and how it ran."""
     kind = hashlib.sha256(repr(module).encode())
     if data.inputs:                               # weights and data count for what comes out
-        calibration = data.calibration() if data.calibration else ()
+        calibration = data.calibration() if data.calibration and precision != "float" else ()
         for array in (*data.inputs, *calibration, *module.state_dict().values()):
             kind.update(torch.as_tensor(array).cpu().contiguous().numpy().tobytes())
-    return ", ".join(filter(None, [f"{title(module, shape)} {kind.hexdigest()[:12]}", *how]))
+    parts = [f"{title(module, shape)} {kind.hexdigest()[:12]}", device, runtime,
+             precision.replace("float", ""), options]
+    return ", ".join(filter(None, parts))
 
 
 def profile_hub(entries, device=HUB_DEVICE, runtime="tflite", jobs=None, force=False, precision="float",
@@ -473,16 +459,12 @@ def profile_hub(entries, device=HUB_DEVICE, runtime="tflite", jobs=None, force=F
     (~/.qai_hub/client.ini, or the file that QAIHUB_CLIENT_INI names). HubError.
     """
     entries = {name: (*entry, Data())[:3] for name, entry in entries.items()}
-    if precision == "float":
-        entries = {name: (module, shape, data._replace(calibration=None))
-                   for name, (module, shape, data) in entries.items()}
-    how = (device, runtime, precision.replace("float", ""), options)
+    how = (device, runtime, precision, options)
     keys = {name: job_key(*entry[:2], *how, data=entry[2]) for name, entry in entries.items()}
     notes = read_notes(jobs)
     todo = {keys[n]: entry for n, entry in entries.items() if force or "ms" not in notes.get(keys[n], {})}
     if todo:
-        client = hub_client(device)
-        session = Session(client, device, runtime, precision, options, jobs, notes, tuple(todo), {})
+        session = Session(hub_client(device), *how, jobs, notes, tuple(todo), {})
         ask(find_lost, session)
         for key, entry in todo.items():
             if force:
@@ -491,7 +473,7 @@ def profile_hub(entries, device=HUB_DEVICE, runtime="tflite", jobs=None, force=F
             if sys.stderr.isatty() or len(session.running) == 1:
                 show(session)                     # a log is told of the first one, and of each that ends
         pause = 0.5
-        while look_all(session):
+        while look(session):
             time.sleep(pause)
             pause = min(10, 2 * pause)
     return {name: {k: notes[key].get(k, v) for k, v in NOTHING.items()} for name, key in keys.items()}
