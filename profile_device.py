@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -42,10 +43,6 @@ NOTHING = {"ms": None, "reason": None, "url": None, "date": None, "layers": [],
 
 class HubError(Exception):
     """One line: what Qualcomm AI Hub or its client refused, and the remedy. Jobs so far are noted."""
-
-
-class HubFull(HubError):
-    """Refused for the number of jobs or requests (429)."""
 
 
 # ---------------------------------------------------------------------------- timing on this machine
@@ -248,18 +245,23 @@ def parse_profile(profile):
     return time_us / 1000
 
 
-def ask(call, *args, **kwargs):
-    """call(...) of the client; whatever it raises becomes a HubError of one line."""
-    try:
-        return call(*args, **kwargs)
-    except Exception as error:
-        why = " ".join(re.findall(r"[^\s|┌─┐└┘]+", str(error))).rstrip(".")
-        if type(error).__module__.split(".")[0] not in ("qai_hub", "botocore"):     # may quote the token
-            why = (f"its client failed with {type(error).__name__}: check the network, and its "
-                   "configuration, which `qai-hub configure --api_token TOKEN` writes")
-        kind = HubFull if type(error).__name__ == "RateLimitedError" else HubError
-        raise kind(f"AI Hub: {why}; put that right and the same command goes on from here "
-                   "(--force submits anew)") from None
+def ask(call, *args, wait=lambda: False, **kwargs):
+    """call(...) of the client; whatever it raises becomes a HubError of one line.
+
+    What is refused for the number of jobs or requests (429) is asked again for as long as wait() is true.
+    """
+    while True:
+        try:
+            return call(*args, **kwargs)
+        except Exception as error:
+            if type(error).__name__ == "RateLimitedError" and wait():     # the client has tried for some 15 s
+                continue
+            why = " ".join(re.findall(r"[^\s|┌─┐└┘]+", str(error))).rstrip(".")
+            if type(error).__module__.split(".")[0] not in ("qai_hub", "botocore"):  # may quote the token
+                why = (f"its client failed with {type(error).__name__}: check the network, and its "
+                       "configuration, which `qai-hub configure --api_token TOKEN` writes")
+            raise HubError(f"AI Hub: {why}; put that right and the same command goes on from here "
+                           "(--force submits anew)") from None
 
 
 def read_notes(path):
@@ -347,16 +349,6 @@ def look(session):
     return len(session.running)
 
 
-def insist(session, call, *args, **kwargs):
-    """`ask`; what is refused for the number of jobs (429), again as long as some of ours are running."""
-    while True:                                   # the client itself tries seven times, some 15 s in all
-        try:
-            return ask(call, *args, **kwargs)
-        except HubFull:
-            if not look(session):
-                raise
-
-
 def exported(module, shape):
     """The module, on the CPU, as a torch.export program for one input of `shape`: the same bits come out."""
     module = copy.deepcopy(module).to(memory_format=torch.contiguous_format)        # as converters expect
@@ -375,16 +367,16 @@ def submitted(session, kind, source, name, shape, data):
     """A new job of this kind; source: a model, uploaded or from the job before."""
     import qai_hub
     client, target, int8 = session.client, qai_hub.Device(session.device), qai_hub.QuantizeDtype.INT8
+    make = functools.partial(ask, wait=lambda: look(session))        # a job that ends makes room for another
     if kind == "quantize":
         bits, given = {"w8a8": int8, "w8a16": qai_hub.QuantizeDtype.INT16}, {"x": data.calibration()}
-        return insist(session, client.submit_quantize_job, source, given, int8, bits[session.precision], name)
+        return make(client.submit_quantize_job, source, given, int8, bits[session.precision], name)
     if kind == "profile":
         inputs = {"x": list(data.inputs)} if data.inputs else None
-        return insist(session, client.submit_inference_job, source, target, inputs, name, session.options,
-                      retry=False, profile=True)
+        return make(client.submit_inference_job, source, target, inputs, name, session.options,
+                    retry=False, profile=True)
     runtime = "onnx" if kind == "onnx" else f"{session.runtime} {session.options}".strip()
-    return insist(session, client.submit_compile_job, source, target, name, {"x": shape},
-                  f"--target_runtime {runtime}")
+    return make(client.submit_compile_job, source, target, name, {"x": shape}, f"--target_runtime {runtime}")
 
 
 def submit(session, key, module, shape, data):
