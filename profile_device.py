@@ -45,7 +45,7 @@ class HubError(Exception):
     """One line: what Qualcomm AI Hub or its client refused, and the remedy. Jobs so far are noted."""
 
 
-# ---------------------------------------------------------------------------- timing on this machine
+# -------------------------------------- timing on this machine: modules, and blocks inside their net
 
 def stamp(x):
     """The time now: a CUDA event where x lives on a GPU, the wall clock elsewhere."""
@@ -64,36 +64,29 @@ def milliseconds(start, end):
 
 def keep_memory():
     """Make the C library keep freed memory: a freed block of 31 MiB raises glibc's dynamic threshold."""
-    # Below it, whether an activation is page-faulted anew in every call depends on what ran before, and a
-    # block took up to three times as long inside one process as inside another. Harmless elsewhere.
+    # Below it, what ran before decides whether activations are page-faulted anew: up to three times the time.
     torch.empty(31 * 2 ** 20, dtype=torch.uint8)
 
 
-def call_ms(function, x):
-    """Milliseconds of one call."""
-    start = stamp(x)
-    function(x)
-    return milliseconds(start, stamp(x))
-
-
 def time_together(entries, device="cpu", rounds=20, warmup=3, calls=4):
-    """{name: (module, shape)} -> {name: [ms, one per round]}; every round visits each module.
-
-    Of the `calls` of a visit the best counts, but never the first, whose caches are cold. With 1, that one
-    counts: right for whole nets, which fill the caches themselves, so that time is better spent on rounds.
-    """
+    """{name: (module, shape)} -> {name: [ms, one per round]}; every round visits each module."""
+    # Of the `calls` of a visit the best counts, but never the first, whose caches are cold. With 1, that one
+    # counts: right for whole nets, which fill the caches themselves, so that time is better spent on rounds.
     keep_memory()
     generator = torch.Generator().manual_seed(0)
     inputs = {name: torch.rand(shape, generator=generator).to(device).contiguous(
         memory_format=torch.channels_last) for name, (_, shape) in entries.items()}
     times, names = {name: [] for name in entries}, list(entries)
     with torch.inference_mode():
-        for turn in range(-warmup, rounds):       # a machine that drifts does so under all of them alike
+        for _ in range(warmup + rounds):          # a machine that drifts does so under all of them alike
             for i in torch.randperm(len(names), generator=generator):    # none always follows the same other
-                visit = [call_ms(entries[names[i]][0], inputs[names[i]]) for _ in range(calls)]
-                if turn >= 0:
-                    times[names[i]].append(min(visit[1:] or visit))
-    return times
+                (module, _), x, visit = entries[names[i]], inputs[names[i]], []
+                for _ in range(calls):
+                    start = stamp(x)
+                    module(x)
+                    visit.append(milliseconds(start, stamp(x)))
+                times[names[i]].append(min(visit[1:] or visit))
+    return {name: ms[warmup:] for name, ms in times.items()}
 
 
 def time_local(module, shape, device="cpu", rounds=20, warmup=3):
@@ -103,9 +96,8 @@ def time_local(module, shape, device="cpu", rounds=20, warmup=3):
 
 def settled(times):
     """{name: [ms, one per round]} -> {name: lower quartile in ms, the pace of each round divided out}."""
-    # A round's pace is the lower quartile, over the names, of its time over the name's own: a machine slows
-    # down under all of them alike. Lower quartiles, since other programs only ever make a call slower: as
-    # long as well over a fourth of the calls are spared, the rest do not count.
+    # A round's pace is its times over the names' own: a machine slows down under all of them alike. Lower
+    # quartiles, since other programs only slow calls down: if well over a fourth are spared, no other counts.
     ms = torch.tensor(list(times.values()), dtype=torch.float64)                    # (names, rounds)
     pace = (ms / ms.quantile(0.25, 1, keepdim=True)).quantile(0.25, 0)              # (rounds,)
     return dict(zip(times, (ms / pace).quantile(0.25, 1).tolist()))
@@ -114,8 +106,7 @@ def settled(times):
 def machine(device):
     """What a local table was measured on; of a CPU the architecture and, on Linux, the model."""
     on_gpu, info = torch.device(device).type == "cuda", Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if os.access(info, os.R_OK) else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    models = re.findall(r"model name\s*: (.*)", info.read_text() if os.access(info, os.R_OK) else "")
     cpu = " ".join(["CPU", platform.machine(), *models[:1]])
     return {"device": torch.cuda.get_device_name(device) if on_gpu else cpu,
             "runtime": f"torch {torch.__version__}", "precision": "float32",
@@ -124,15 +115,13 @@ def machine(device):
 
 def alone(call, *args, **kwargs):
     """call(*args, **kwargs), pickled, in a fresh Python process with as many threads; else here, told why."""
-    # Where the C library puts a tensor, and so which caches it meets, depends on what a process did before:
-    # once it had trained a net, some blocks took up to 1.3 times as long. Not a process of `multiprocessing`:
-    # that would run the caller's script once more.
-    child = ("import sys; sys.path.pop(0); import pickle; load = lambda: pickle.load(sys.stdin.buffer); "
-             "sys.path[:] = load(); out, sys.stdout = sys.stdout.buffer, sys.stderr; import torch; "
-             "torch.set_num_threads(load()); call, args, kwargs = load(); "
-             "pickle.dump(call(*args, **kwargs), out)")
+    # Which caches a tensor meets depends on what its process did before: after training, some blocks took up
+    # to 1.3 times as long. Not a process of `multiprocessing`: that would run the caller's script once more.
+    child = (f"import sys; sys.path[:] = {sys.path}; out, sys.stdout = sys.stdout.buffer, sys.stderr; "
+             f"import pickle, torch; torch.set_num_threads({torch.get_num_threads()}); "
+             "call, args, kwargs = pickle.load(sys.stdin.buffer); pickle.dump(call(*args, **kwargs), out)")
     try:
-        task = b"".join(map(pickle.dumps, (sys.path, torch.get_num_threads(), (call, args, kwargs))))
+        task = pickle.dumps((call, args, kwargs))
         done = subprocess.run([sys.executable, "-c", child], input=task, capture_output=True)
         if done.returncode == 0:
             return pickle.loads(done.stdout)
@@ -143,8 +132,6 @@ def alone(call, *args, **kwargs):
           file=sys.stderr)
     return call(*args, **kwargs)
 
-
-# --------------------------------------------------------------------------- blocks inside their net
 
 def inputs_of(net, sites, images):
     """{site: [what goes into its block for each image (1, 3, H, W), an array]}, by forward passes."""
@@ -160,51 +147,46 @@ def inputs_of(net, sites, images):
 
 def distinct_modules(net, blocks, frame, deploy, device):
     """What has to be measured -> (keys {site: [key per option]}, {key: (deployed module, input shape)})."""
-    net, entries = deploy(net).to(device), {}
+    net = deploy(net).to(device)
     met = inputs_of(net, blocks, [torch.zeros(1, 3, *frame)])
     # Blocks of one type and input shape are equal, and measured once; the whole net is "net", last.
     keys = {site: [(type(each).__name__, met[site][0].shape) for each in row] for site, row in blocks.items()}
-    for site, row in blocks.items():
-        for key, block in zip(keys[site], row):
-            entries[key] = entries.get(key) or (deploy(block).to(device), key[1])
+    entries = {key: (deploy(block).to(device), key[1]) for site, row in blocks.items()
+               for key, block in zip(keys[site], row)}
     return keys, {**entries, "net": (net, (1, 3, *frame))}
 
 
 def time_in_place(keys, entries, device="cpu", rounds=60, warmup=3):
     """What `distinct_modules` gives -> {key: [ms, one per round]}; the net in `entries` is altered."""
-    # A block that is called over and over by itself finds its input in the cache and the memory of its output
-    # just freed; inside a net, where skip connections hold on to theirs, it does not, and sums of times taken
-    # alone rank whole nets worse.
+    # Called over and over by itself, a block finds its input in the cache and its output's memory just freed,
+    # unlike inside a net, whose skip connections hold on to theirs: sums of such times rank nets worse.
     keep_memory()
     (net, shape), spans, times = entries["net"], {}, {key: [] for key in entries}
-    named, originals = {m: name for name, m in net.named_modules()}, tuple(row[0] for row in keys.values())
-    names = [named[net.blocks()[site]] for site in keys]
+    names = [next(name for name, m in net.named_modules() if m is net.blocks()[site]) for site in keys]
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
     for key, (module, _) in entries.items():
         module.register_forward_pre_hook(lambda *_, key=key: spans.setdefault(key, []).append([stamp(x)]))
         module.register_forward_hook(lambda *_, key=key: spans[key][-1].append(stamp(x)))
     with torch.inference_mode():
-        for turn in range(-warmup, rounds):
+        for _ in range(warmup + rounds):
             seen = {}                             # {key: [ms]}: a block type may be several options
-            for options in zip(*keys.values()):   # that option at every site, so that drift hits all alike
+            for k, options in enumerate(zip(*keys.values())):     # at all sites: drift hits all options alike
                 for name, key in zip(names, options):
                     net.set_submodule(name, entries[key][0])
                 spans.clear()
                 net(x)
                 for key, pairs in spans.items():
-                    if key != "net" or options == originals:
+                    if key != "net" or k == 0:    # the net as it was: with option 0 everywhere
                         seen.setdefault(key, []).append(statistics.fmean(milliseconds(*p) for p in pairs))
-            for key, ms in seen.items() if turn >= 0 else ():
+            for key, ms in seen.items():
                 times[key].append(statistics.fmean(ms))
-    return times
+    return {key: ms[warmup:] for key, ms in times.items()}
 
 
 def whole_net(base_ms, sites):
-    """{base_ms, rest_ms, scale}: with these, `network_ms` of the base net is the base net's ms, if known.
-
-    Blocks that, timed alone, take longer together than the net that they are in (8 x 53 against 177 ms in the
-    paper) are scaled down to it, and leave nothing for the rest: no sum can be negative.
-    """
+    """{base_ms, rest_ms, scale}: with these, `network_ms` of the base net is the base net's ms, if known."""
+    # Blocks that, timed alone, take longer together than the net that they are in (8 x 53 against 177 ms in
+    # the paper) are scaled down to it, and leave nothing for the rest: no sum can be negative.
     total = sum(row[0] for row in sites.values())
     if base_ms is None or total <= base_ms:
         return {"base_ms": base_ms, "rest_ms": 0.0 if base_ms is None else base_ms - total, "scale": 1.0}
@@ -217,10 +199,10 @@ def local_timing(net, blocks, frame, deploy, device, rounds):
     times = time_in_place(keys, entries, device, rounds)
     ms = settled(times)
     sites = {site: [ms[key] for key in row] for site, row in keys.items()}
-    spread = lambda q1, q2, q3: (q3 - q1) / q2
+    spread = max((q3 - q1) / q2 for q1, q2, q3 in map(statistics.quantiles, times.values()))
     return {**machine(device), "sites": sites, **whole_net(ms["net"], sites),
             "statistic": "lower quartile of interleaved rounds, the pace of each divided out",
-            "rounds": rounds, "spread": max(spread(*statistics.quantiles(t)) for t in times.values())}
+            "rounds": rounds, "spread": spread}
 
 
 # ----------------------------------------------------------------------------- Qualcomm AI Hub: jobs
