@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import copy
 import difflib
-import functools
 import hashlib
 import json
 import math
@@ -228,10 +227,7 @@ def parse_profile(profile):
 
 
 def ask(call, *args, wait=lambda: False, **kwargs):
-    """call(...) of the client; whatever it raises becomes a HubError of one line.
-
-    What is refused for the number of jobs or requests (429) is asked again for as long as wait() is true.
-    """
+    """call(...) of the client, repeated after a 429 while wait(); else errors are HubErrors of one line."""
     while True:
         try:
             return call(*args, **kwargs)
@@ -248,10 +244,8 @@ def ask(call, *args, wait=lambda: False, **kwargs):
 
 def read_notes(path):
     """The notes of earlier runs, {} if there are none."""
-    if path is None or not Path(path).exists():
-        return {}
     with contextlib.suppress(ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        notes = json.loads(Path(path).read_text())
+        notes = json.loads(Path(path).read_text()) if path is not None and Path(path).exists() else {}
         if all(isinstance(note["name"], str) for note in notes.values()):
             return notes
     raise HubError(f"{path} is damaged: delete it, and its jobs are submitted anew")
@@ -260,10 +254,7 @@ def read_notes(path):
 class Session(NamedTuple):
     """One run on AI Hub."""
     client: object
-    device: str
-    runtime: str
-    precision: str
-    options: str
+    how: dict             # device, runtime, precision, options
     path: object          # JSON file of the notes; None: keep none
     notes: dict           # {job key: {name, an id per kind of job, then what `profile_hub` returns}}
     keys: tuple           # those of this run
@@ -313,7 +304,6 @@ def outcome(job, status, data):
 
 def look(session):
     """Note what has come of the jobs in flight; returns how many modules are still waited for."""
-    before = len(session.running)
     for key, (jobs, data) in list(session.running.items()):
         for job in jobs:                          # a failed one raises nothing in this client: all are asked
             status = ask(job.get_status)
@@ -325,55 +315,52 @@ def look(session):
             found = outcome(job, status, data)
             session.notes[key].update({**NOTHING, "date": time.strftime("%Y-%m-%d"), "url": job.url, **found})
             del session.running[key]
-    if len(session.running) < before:
-        save_notes(session)
-        show(session)
+            save_notes(session)
+            show(session)
     return len(session.running)
 
 
 def exported(module, shape):
     """The module, on the CPU, as a torch.export program for one input of `shape`: the same bits come out."""
-    module = copy.deepcopy(module).to(memory_format=torch.contiguous_format)        # as converters expect
+    module = copy.deepcopy(module).to("cpu", memory_format=torch.contiguous_format)    # as converters expect
     return torch.export.export(module, (torch.zeros(shape),))
 
 
-def upload(client, module, shape, name):
+def upload(session, module, shape, name):
     """The module as an exported program, uploaded -> the client's model."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "module.pt2")
         torch.export.save(exported(module, shape), path)
-        return ask(client.upload_model, path, name)
+        return ask(session.client.upload_model, path, name)
 
 
 def submitted(session, kind, source, name, shape, data):
     """A new job of this kind; source: a model, uploaded or from the job before."""
     import qai_hub
-    client, target, int8 = session.client, qai_hub.Device(session.device), qai_hub.QuantizeDtype.INT8
-    make = functools.partial(ask, wait=lambda: look(session))        # a job that ends makes room for another
+    client, how, int8 = session.client, session.how, qai_hub.QuantizeDtype.INT8
+    target, wait = qai_hub.Device(how["device"]), lambda: look(session)     # what ends makes room for another
     if kind == "quantize":
         bits, given = {"w8a8": int8, "w8a16": qai_hub.QuantizeDtype.INT16}, {"x": data.calibration()}
-        return make(client.submit_quantize_job, source, given, int8, bits[session.precision], name)
+        return ask(client.submit_quantize_job, source, given, int8, bits[how["precision"]], name, wait=wait)
     if kind == "profile":
         inputs = {"x": list(data.inputs)} if data.inputs else None
-        return make(client.submit_inference_job, source, target, inputs, name, session.options,
-                    retry=False, profile=True)
-    runtime = "onnx" if kind == "onnx" else f"{session.runtime} {session.options}".strip()
-    return make(client.submit_compile_job, source, target, name, {"x": shape}, f"--target_runtime {runtime}")
+        return ask(client.submit_inference_job, source, target, inputs, name, how["options"],
+                   retry=False, profile=True, wait=wait)
+    runtime = "onnx" if kind == "onnx" else f"{how['runtime']} {how['options']}".strip()
+    return ask(client.submit_compile_job, source, target, name, {"x": shape}, f"--target_runtime {runtime}",
+               wait=wait)
 
 
 def submit(session, key, module, shape, data):
     """Submit what the notes lack -> [job of each kind]; an id is noted the moment it exists."""
     note = session.notes.setdefault(key, {"name": f"{title(module, shape)} {os.urandom(6).hex()}"})
     save_notes(session)                           # the name before any job: by it `find_lost` knows them
-    jobs, quantised = [], [] if session.precision == "float" else ["onnx", "quantize"]
+    kinds = [*([] if session.how["precision"] == "float" else ["onnx", "quantize"]), "compile", "profile"]
+    jobs = [ask(session.client.get_job, note[kind]) for kind in kinds if kind in note]
     try:
-        for kind in (*quantised, "compile", "profile"):
-            if kind in note:
-                jobs.append(ask(session.client.get_job, note[kind]))
-                continue
+        for kind in kinds[len(jobs):]:
             name = f"{note['name']} {kind}"       # apart, since two of a module's jobs may be of one type
-            source = (ask(jobs[-1].get_target_model) if jobs else
-                      upload(session.client, module, shape, name))
+            source = ask(jobs[-1].get_target_model) if jobs else upload(session, module, shape, name)
             jobs.append(submitted(session, kind, source, name, shape, data))
             note[kind] = jobs[-1].job_id
             save_notes(session)
@@ -416,9 +403,8 @@ def job_key(module, shape, device, runtime, precision="float", options="", data=
         calibration = data.calibration() if data.calibration and precision != "float" else ()
         for array in (*data.inputs, *calibration, *module.state_dict().values()):
             kind.update(torch.as_tensor(array).cpu().contiguous().numpy().tobytes())
-    parts = [f"{title(module, shape)} {kind.hexdigest()[:12]}", device, runtime,
-             precision.replace("float", ""), options]
-    return ", ".join(filter(None, parts))
+    what = f"{title(module, shape)} {kind.hexdigest()[:12]}"
+    return ", ".join(filter(None, [what, device, runtime, precision.replace("float", ""), options]))
 
 
 def profile_hub(entries, device=HUB_DEVICE, runtime="tflite", jobs=None, force=False, precision="float",
@@ -427,18 +413,18 @@ def profile_hub(entries, device=HUB_DEVICE, runtime="tflite", jobs=None, force=F
 
     entries {name: (module in eval mode, input shape[, Data])} -> {name: {ms (None if a job failed), reason,
     url, date, layers, each with its compute_unit, peak_mb, version, pictures: what Data.judge said}}.
-    precision: "float", or "w8a8" or "w8a16", which Data.calibration is for; options: for compile and
-    inference jobs; jobs: a JSON file that notes every job the moment it exists, so that a run that was cut
-    off collects what it had submitted; force: submit anew all the same. The client finds its token by itself
-    (~/.qai_hub/client.ini, or the file that QAIHUB_CLIENT_INI names). HubError.
+    precision: of HUB_PRECISIONS, all but "float" needing Data.calibration; options: for compile and inference
+    jobs; jobs: a JSON file that notes every job the moment it exists, so that a run that was cut off collects
+    what it had submitted; force: submit anew all the same. The client finds its token by itself, in
+    ~/.qai_hub/client.ini or the file that QAIHUB_CLIENT_INI names. HubError.
     """
     entries = {name: (*entry, Data())[:3] for name, entry in entries.items()}
-    how = (device, runtime, precision, options)
-    keys = {name: job_key(*entry[:2], *how, data=entry[2]) for name, entry in entries.items()}
+    how = {"device": device, "runtime": runtime, "precision": precision, "options": options}
+    keys = {name: job_key(*entry[:2], **how, data=entry[2]) for name, entry in entries.items()}
     notes = read_notes(jobs)
     todo = {keys[n]: entry for n, entry in entries.items() if force or "ms" not in notes.get(keys[n], {})}
     if todo:
-        session = Session(hub_client(device), *how, jobs, notes, tuple(todo), {})
+        session = Session(hub_client(device), how, jobs, notes, tuple(todo), {})
         ask(find_lost, session)
         for key, entry in todo.items():
             if force:
@@ -446,10 +432,8 @@ def profile_hub(entries, device=HUB_DEVICE, runtime="tflite", jobs=None, force=F
             session.running[key] = submit(session, key, *entry), entry[2]
             if sys.stderr.isatty() or len(session.running) == 1:
                 show(session)                     # a log is told of the first one, and of each that ends
-        pause = 0.5
         while look(session):
-            time.sleep(pause)
-            pause = min(10, 2 * pause)
+            time.sleep(10)                        # as the client itself does
     return {name: {k: notes[key].get(k, v) for k, v in NOTHING.items()} for name, key in keys.items()}
 
 

@@ -2492,7 +2492,7 @@ class Store(unittest.TestCase):
         self.assertEqual(hwdeblur.loaded(path, self.HEAD)["x"], 1)
         self.assertEqual([file.name for file in self.out.iterdir()], ["a.json"])
         jobs = self.out / "jobs.json"
-        session = profile_device.Session(None, "", "", "", "", jobs, {"a": {"name": "b"}}, (), {})
+        session = profile_device.Session(None, {}, jobs, {"a": {"name": "b"}}, (), {})
         with mock.patch.object(os, "fsync", side_effect=full), self.assertRaisesRegex(
                 profile_device.HubError, f"^{jobs} cannot be written .No space left on device.: make room"):
             profile_device.save_notes(session)
