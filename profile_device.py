@@ -1,12 +1,10 @@
 """Time: latency of blocks and nets in milliseconds, on this machine, on Qualcomm AI Hub, or as published.
 
-A latency table is a dict that goes into JSON as it is:
-  sites {site: [ms of option 0, 1, .., None where the device cannot run it]}, rest_ms (the net without
-  those blocks), base_ms (the whole base net, measured at once), scale (of blocks in sums, see `whole_net`),
-  options (class names), frame [H, W], what it was measured on, and, from AI Hub, modules {name: its
-  `profile_hub` result and sites}.
-Batch 1; pass `deploy` so that latency is that of deployed modules. torch only (qai_hub where AI Hub is
-asked for): this file can be copied by itself.
+A latency table is a dict that goes into JSON as it is: sites {site: [ms of option 0, 1, .., None where the
+device cannot run it]}, rest_ms (the net without those blocks), base_ms (the whole base net, timed at once),
+scale (of blocks in sums, see `whole_net`), options (class names), frame [H, W], what it was measured on, and,
+from AI Hub, modules {name: its `profile_hub` result and sites}. Batch 1; pass `deploy` for the latency of
+deployed modules. torch only (qai_hub where AI Hub is asked for): this file can be copied by itself.
 """
 import argparse
 import contextlib
@@ -14,7 +12,6 @@ import copy
 import difflib
 import hashlib
 import json
-import math
 import os
 import pickle
 import platform
@@ -460,8 +457,7 @@ def remarks(table):
 def without_zeros(module):
     """The module, in place, its all-zero parameters filled: a compiler may drop a branch scaled by zero."""
     for p in module.parameters():
-        if not p.any():
-            p.data.fill_(0.1)
+        p.data.masked_fill_(~p.any(), 0.1)
     return module
 
 
@@ -516,14 +512,14 @@ def hub_inside(net, blocks, frame, deploy, calibration, **how):
         for at, number in nets}
 
 
-def hub_timing(net, blocks, frame, deploy, inside=False, calibration=None, device=HUB_DEVICE,
-               runtime="tflite", precision="float", options="", **rest):
+def hub_timing(net, blocks, frame, deploy, inside=False, calibration=None, **how):
     """Table entries from a device of AI Hub, of blocks by themselves or inside the whole net."""
+    how = {"device": HUB_DEVICE, "runtime": "tflite", "precision": "float", "options": "", **how}
     timing = hub_inside if inside else hub_alone
-    sites, whole, modules = timing(net, blocks, frame, deploy, calibration, device=device, runtime=runtime,
-                                   precision=precision, options=options, **rest)
-    return {"device": device, "runtime": runtime, **({"hub options": options} if options else {}),
-            "precision": "float32 as uploaded" if precision == "float" else precision,
+    sites, whole, modules = timing(net, blocks, frame, deploy, calibration, **how)
+    return {"device": how["device"], "runtime": how["runtime"],
+            **({"hub options": how["options"]} if how["options"] else {}),
+            "precision": how["precision"].replace("float", "float32 as uploaded"),
             "date": max(result["date"] for result in modules.values()), "sites": sites, **whole,
             "statistic": "the hub's own estimate (by its documentation the minimum of about 100 runs)",
             "modules": modules}
@@ -543,19 +539,16 @@ def paper_timing(sites, n_options):
 def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cpu", rounds=60, hub=None):
     """Latency of every option at every site, of the rest of the net, and of the whole base net.
 
-    net: a blocks.NAFNet; surrogates {site: {option: module}} (trained or not: time does not depend on
-    it; an nn.Identity takes none, and is not timed); frame: (H, W) or one side, in pixels; target "local"
-    (this machine), "qai-hub" (`hub`: further arguments of `profile_hub`) or "paper" (its table 2).
-    deploy: makes a module ready for inference (blocks.deploy); default, a copy in eval mode.
-    Nothing passed in is altered. Raises ValueError for another target or option count; HubError.
+    net: a blocks.NAFNet; surrogates {site: {option: module}}, trained or not (an nn.Identity takes no time,
+    and is not timed); frame: (H, W) or one side, in pixels; target "local" (this machine), "qai-hub" (`hub`:
+    more arguments of `hub_timing`) or "paper" (its table 2); deploy: makes a module ready for inference, by
+    default as a copy in eval mode. Alters nothing given. ValueError (another target, option count), HubError.
     """
     frame, hub = (frame, frame) if isinstance(frame, int) else tuple(frame), hub or {}
     deploy = deploy or (lambda module: copy.deepcopy(module).eval())
-    rows = {site: [net.blocks()[site], *(surrogates[site][k] for k in sorted(surrogates[site]))]
-            for site in sites}
-    inside = target == "qai-hub" and hub.get("inside")         # there no block is timed as well
-    blocks = {site: [block for block in row if inside or not isinstance(block, nn.Identity)]
-              for site, row in rows.items()}
+    rows = {s: [net.blocks()[s], *(surrogates[s][k] for k in sorted(surrogates[s]))] for s in sites}
+    blocks = {site: [block for block in row if hub.get("inside") or not isinstance(block, nn.Identity)]
+              for site, row in rows.items()}      # inside the net, that no block is there is timed as well
     if target == "paper":
         timing = paper_timing(sites, len(next(iter(blocks.values()), [])))
     elif target == "local":
@@ -574,7 +567,7 @@ def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cp
 def network_ms(table, choice):
     """Predicted ms of a whole net: rest and one block per site, by default 0; infinite if one cannot run."""
     rows = [row[choice.get(site, 0)] for site, row in table["sites"].items()]
-    return math.inf if None in rows else max(0.0, table["rest_ms"] + table.get("scale", 1.0) * sum(rows))
+    return float("inf") if None in rows else max(0.0, table["rest_ms"] + table.get("scale", 1.0) * sum(rows))
 
 
 # ------------------------------------------------------------------ the operators blocks are made of
