@@ -575,15 +575,12 @@ def network_ms(table, choice):
 class Operator(nn.Module):
     """A named function of x as a module."""
 
-    def __init__(self, name, function):
+    def __init__(self, name, forward):
         super().__init__()
-        self.name, self.function = name, function
+        self.name, self.forward = name, forward
 
     def extra_repr(self):
         return self.name
-
-    def forward(self, x):
-        return self.function(x)
 
 
 def operators(channels):
@@ -597,17 +594,6 @@ def operators(channels):
             "pool, broadcast product": Operator("pool_product", lambda x: x * x.mean((2, 3), keepdim=True)),
             "gate (half channels)": Operator("gate", lambda x: torch.mul(*x.chunk(2, dim=1))),
             "ReLU": nn.ReLU()}
-
-
-def operator_times(entries, args):
-    """{name: (module, shape)} -> ({name: ms or None}, where they were measured, remarks)."""
-    if args.target == "local":
-        where = machine(args.device)
-        return settled(time_together(entries, args.device)), "{device}, {runtime}".format(**where), []
-    found = profile_hub(entries, args.hub_device, args.hub_runtime, args.jobs, args.force)
-    modules = {f"{name} {'x'.join(map(str, shape[1:]))}": found[name, shape] for name, shape in entries}
-    return ({name: result["ms"] for name, result in found.items()}, f"{args.hub_device}, {args.hub_runtime}",
-            remarks({"modules": modules}))
 
 
 def main(argv=None):
@@ -629,21 +615,24 @@ def main(argv=None):
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device} is not to be had here: {str(error).splitlines()[0]}")
     shapes = [(1, args.width * 2 ** i, args.frame // 2 ** i, args.frame // 2 ** i) for i in range(5)]
-    device = args.device if args.target == "local" else "cpu"
-    entries = {(name, shape): (module.eval().to(device, memory_format=torch.channels_last), shape)
-               for shape in shapes for name, module in operators(shape[1]).items()}
+    sizes = ["x".join(map(str, shape[1:])) for shape in shapes]
+    entries = {f"{name} {size}": (module.eval().to(args.device, memory_format=torch.channels_last), shape)
+               for shape, size in zip(shapes, sizes) for name, module in operators(shape[1]).items()}
+    local, hub = args.target == "local", {"device": args.hub_device, "runtime": args.hub_runtime}
     try:
-        ms, where, notes = operator_times(entries, args)
+        found = {} if local else profile_hub(entries, **hub, jobs=args.jobs, force=args.force)
     except (HubError, OSError) as error:
         print(f"profile_device: {error}", file=sys.stderr)
         return 2
-    print(f"milliseconds on {where}, {time.strftime('%Y-%m-%d')}"
-          + (f", {torch.get_num_threads()} threads" if args.target == "local" else ""))
-    print(f"{'':<26}" + "".join(f"{'x'.join(map(str, shape[1:])):>14}" for shape in shapes))
+    ms = settled(time_together(entries, args.device)) if local else {key: found[key]["ms"] for key in found}
+    where = machine(args.device) if local else hub
+    print(f"milliseconds on {where['device']}, {where['runtime']}, {time.strftime('%Y-%m-%d')}"
+          + (f", {torch.get_num_threads()} threads" if local else ""))
+    print(f"{'':<26}" + "".join(f"{size:>14}" for size in sizes))
     for name in operators(2):
-        cells = ["fails" if ms[name, shape] is None else f"{ms[name, shape]:.3f}" for shape in shapes]
-        print(f"{name:<26}" + "".join(f"{cell:>14}" for cell in cells))
-    print("".join(f"{note}\n" for note in notes), end="")
+        row = [ms[f"{name} {size}"] for size in sizes]
+        print(f"{name:<26}" + "".join(f"{'fails' if t is None else format(t, '.3f'):>14}" for t in row))
+    print("".join(f"{line}\n" for line in remarks({"modules": found})), end="")
     return 0
 
 
