@@ -1,10 +1,9 @@
 """Time: latency of blocks and nets in milliseconds, on this machine, on Qualcomm AI Hub, or as published.
 
-A latency table is a dict that goes into JSON as it is: sites {site: [ms of option 0, 1, .., None where the
-device cannot run it]}, rest_ms (the net without those blocks), base_ms (the whole base net, timed at once),
-scale (of blocks in sums, see `whole_net`), options (class names), frame [H, W], what it was measured on, and,
-from AI Hub, modules {name: its `profile_hub` result and sites}. Batch 1; pass `deploy` for the latency of
-deployed modules. torch only (qai_hub where AI Hub is asked for): this file can be copied by itself.
+A latency table is plain JSON: sites {site: [ms of option 0, 1, .., None where the device cannot run it]},
+rest_ms (the net without those blocks), base_ms (the whole base net, timed at once), scale (of blocks in sums,
+see `whole_net`), options (class names), frame [H, W], what it was measured on, and, from AI Hub, modules
+{name: its `profile_hub` result and sites}. Batch 1. Needs torch alone (qai_hub where AI Hub is asked for).
 """
 import argparse
 import contextlib
@@ -66,8 +65,7 @@ def keep_memory():
 
 def time_together(entries, device="cpu", rounds=20, warmup=3, calls=4):
     """{name: (module, shape)} -> {name: [ms, one per round]}; every round visits each module."""
-    # Of the `calls` of a visit the best counts, but never the first, whose caches are cold. With 1, that one
-    # counts: right for whole nets, which fill the caches themselves, so that time is better spent on rounds.
+    # The best call of a visit but the first, whose caches are cold, counts; 1 does for nets, which fill them.
     keep_memory()
     generator = torch.Generator().manual_seed(0)
     inputs = {name: torch.rand(shape, generator=generator).to(device).contiguous(
@@ -124,8 +122,7 @@ def alone(call, *args, **kwargs):
         why = (done.stderr.decode(errors="replace").splitlines() or [""])[-1]
     except Exception as error:                    # what cannot be pickled raises errors of many kinds
         why = f"{type(error).__name__}: {error}"
-    print(f"a fresh process could not do it ({why}): timing in this one, whose history counts",
-          file=sys.stderr)
+    print(f"no fresh process could do it ({why}): timing in this, whose history counts", file=sys.stderr)
     return call(*args, **kwargs)
 
 
@@ -147,8 +144,10 @@ def distinct_modules(net, blocks, frame, deploy, device):
     met = inputs_of(net, blocks, [torch.zeros(1, 3, *frame)])
     # Blocks of one type and input shape are equal, and measured once; the whole net is "net", last.
     keys = {site: [(type(each).__name__, met[site][0].shape) for each in row] for site, row in blocks.items()}
-    entries = {key: (deploy(block).to(device), key[1]) for site, row in blocks.items()
-               for key, block in zip(keys[site], row)}
+    entries = {}
+    for site, row in blocks.items():
+        for key, block in zip(keys[site], row):   # the first one counts
+            entries[key] = entries.get(key) or (deploy(block).to(device), key[1])
     return keys, {**entries, "net": (net, (1, 3, *frame))}
 
 
@@ -195,10 +194,9 @@ def local_timing(net, blocks, frame, deploy, device, rounds):
     times = time_in_place(keys, entries, device, rounds)
     ms = settled(times)
     sites = {site: [ms[key] for key in row] for site, row in keys.items()}
-    spread = max((q3 - q1) / q2 for q1, q2, q3 in map(statistics.quantiles, times.values()))
-    return {**machine(device), "sites": sites, **whole_net(ms["net"], sites),
+    return {**machine(device), "sites": sites, **whole_net(ms["net"], sites), "rounds": rounds,
             "statistic": "lower quartile of interleaved rounds, the pace of each divided out",
-            "rounds": rounds, "spread": spread}
+            "spread": max((q3 - q1) / q2 for q1, q2, q3 in map(statistics.quantiles, times.values()))}
 
 
 # ----------------------------------------------------------------------------- Qualcomm AI Hub: jobs
@@ -420,17 +418,17 @@ def profile_hub(entries, device=HUB_DEVICE, runtime="tflite", jobs=None, force=F
     keys = {name: job_key(*entry[:2], **how, data=entry[2]) for name, entry in entries.items()}
     notes = read_notes(jobs)
     todo = {keys[n]: entry for n, entry in entries.items() if force or "ms" not in notes.get(keys[n], {})}
+    notes = {key: note for key, note in notes.items() if not (force and key in todo)}
     if todo:
         session = Session(hub_client(device), how, jobs, notes, tuple(todo), {})
         ask(find_lost, session)
         for key, entry in todo.items():
-            if force:
-                notes.pop(key, None)
             session.running[key] = submit(session, key, *entry), entry[2]
             if sys.stderr.isatty() or len(session.running) == 1:
                 show(session)                     # a log is told of the first one, and of each that ends
+        pause = 0.25
         while look(session):
-            time.sleep(10)                        # as the client itself does
+            time.sleep(pause := min(10, 2 * pause))                    # s, as the client itself does
     return {name: {k: notes[key].get(k, v) for k, v in NOTHING.items()} for name, key in keys.items()}
 
 
@@ -486,14 +484,17 @@ def hub_alone(net, blocks, frame, deploy, calibration, **how):
 def hub_inside(net, blocks, frame, deploy, calibration, **how):
     """The base net, and for every site and option the base net with that swap: as `hub_alone`."""
     base, same = deploy(net), {}
-    nets, shared = {(None, 0): base}, {id(p): p for p in base.parameters()}
-    met = inputs_of(base, blocks, [torch.zeros(1, 3, *frame)])
+    met = inputs_of(base, base.blocks(), [torch.zeros(1, 3, *frame)])
+    program = lambda site, block: () if isinstance(block, nn.Identity) else (        # with its stage
+        site.split(".")[0], str(exported(block, met[site][0].shape)))
+    own = {site: program(site, block) for site, block in base.blocks().items()}
+    nets, known = {(None, 0): base}, {sum(own.values(), ()): (None, 0)}      # by the programs of their blocks
+    shared = {id(p): p for p in base.parameters()}
     for site, row in blocks.items():
-        programs = {}                             # options may be one program, once their norms are folded
         for k, block in enumerate(row):
             block = without_zeros(deploy(block))
-            program = str(exported(block, met[site][0].shape))
-            same[site, k] = key = programs.setdefault(program, (site, k) if k else (None, 0))
+            programs = sum({**own, site: program(site, block)}.values(), ())
+            same[site, k] = key = known.setdefault(programs, (site, k))
             if key not in nets:
                 nets[key] = copy.deepcopy(base, {**shared, id(base.blocks()[site]): block})
     found = profile_hub({key: (each, (1, 3, *frame), Data(calibration)) for key, each in nets.items()}, **how)
@@ -531,9 +532,8 @@ def paper_timing(sites, n_options):
         raise ValueError(f"the paper's table has {len(PAPER_BLOCK_MS)} options, this search {n_options}: "
                          "use --target local")
     return {"device": f"{HUB_DEVICE} (published, not measured here)", "runtime": "not stated",
-            "precision": "not stated", "date": "as published",
-            "sites": {site: list(PAPER_BLOCK_MS) for site in sites},
-            "rest_ms": 0.0, "scale": 1.0, "base_ms": PAPER_BASE_MS}
+            "precision": "not stated", "date": "as published", "rest_ms": 0.0, "scale": 1.0,
+            "base_ms": PAPER_BASE_MS, "sites": {site: list(PAPER_BLOCK_MS) for site in sites}}
 
 
 def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cpu", rounds=60, hub=None):

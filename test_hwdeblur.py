@@ -1160,6 +1160,10 @@ class AIHub(unittest.TestCase):
         self.assertGreater(profile_device.network_ms(table, fastest), 0)
         self.assertTrue(all(ms >= 0 for row in table["sites"].values() for ms in row))
         self.assertEqual(table["modules"]["GatedBN at mid.0"]["sites"], ["mid.0", "mid.0"])
+        self.net, begun = blocks.NAFNet(4, (2,), 1, (1,)), len(self.hub.jobs)
+        table = self.table("enc0.0", "enc0.1", numbers=[blocks.NO_BLOCK], inside=True)
+        self.assertEqual(len(self.hub.jobs) - begun, 4)     # which of two equal blocks is gone is the same
+        self.assertEqual(table["modules"]["NoBlock at enc0.0"]["sites"], ["enc0.0", "enc0.1"])
         self.hub.fail = ("NAFNet",)
         with self.assertRaisesRegex(profile_device.HubError, "base net does not run .*operator unknown"):
             self.table("mid.0", inside=True, runtime="onnx")
