@@ -98,7 +98,7 @@ def say(line):
 def progress(label, total, begun=0):
     """A function (done, note) that shows one line of at most 79 columns, live on a terminal, five in a log.
 
-    begun: how many were done before, in another process. note() -> text, asked for when it is shown.
+    begun: how many an earlier process had done. note() -> text, called only when the line is shown.
     """
     started, live, said = time.perf_counter(), sys.stderr.isatty(), [0.0]
 
@@ -121,9 +121,8 @@ def progress(label, total, begun=0):
 def knob(default, stages, help, least=None, most=10 ** 9, unit="", choices=None):
     """A configuration entry: all that the flag, its help and its check need.
 
-    default: of the demo preset; stages: those whose artefacts depend on it, the first its heading in the
-    help ("data": base and adaptation depend on it; "any": none does); help: one line with the section of the
-    paper; least, most: the bounds of every number in it.
+    stages: those whose artefacts depend on it, the first its heading in the help ("data": base and adapt
+    depend on it; "any": none does); least, most: the bounds of every number in it.
     """
     return dataclasses.field(default=default, metadata=dict(
         stages=stages.split(), help=help, unit=unit, least=least, most=most, choices=choices))
@@ -134,8 +133,7 @@ class Config:
     """Everything that decides the result. Defaults are the demo preset, sized for two CPU cores."""
     seed: int = knob(0, "any base adapt", "seed of every random choice", 0, 2 ** 32 - 1)
     workers: int = knob(0, "any", "processes that decode training images ahead", 0, 256)
-    data: str = knob("", "data",
-                     "folder with train and test pairs: sibling folders or lists; none: made pairs")
+    data: str = knob("", "data", "folder of train and test pairs, as folders or lists; none: made pairs")
     made_train: int = knob(768, "data", "made pairs for training and distillation", 1)
     made_test: int = knob(32, "data", "made pairs for validation, and as many for testing", 1)
     made_size: int = knob(128, "data", "side of a made image", 11, 4096, "pixels")
@@ -148,45 +146,39 @@ class Config:
     dec: tuple = knob((1, 1, 1, 1), "base", "blocks per decoder stage", 1, 999)
     crop: int = knob(96, "base adapt", "side of a training crop", 1, 4096, "pixels")
     batch: int = knob(4, "base adapt", "crops per training step", 1)
-    amp: bool = knob(False, "base distill finetune adapt",
-                     "train in bfloat16 (autocast): base, distill, finetune")
+    amp: bool = knob(False, "base distill finetune adapt", "train and distil in bfloat16 (autocast)")
     grad_clip: float = knob(0.0, "base finetune adapt", "norm at which gradients are cut, 0: none", 0, 1e9)
-    cap_db: float = knob(30.0, "base saliency finetune adapt",
-                         "PSNR beyond which a crop counts little in the loss", 1, 100, "dB")
-    tlc: bool = knob(False, "base adapt",
-                     "attention over a window of 1.5 x --crop in every net, timed so too (Chu et al. 2021)")
+    cap_db: float = knob(30.0, "base saliency finetune adapt", "PSNR where the loss levels off", 1, 100, "dB")
+    tlc: bool = knob(False, "base adapt", "attend over 1.5 x --crop pixels, in every net (Chu et al. 2021)")
     base_steps: int = knob(2100, "base", "length of base training", 0, 10 ** 7, "steps")
     base_lr: float = knob(2e-3, "base", "first learning rate, cosine to 1e-7", 1e-12, 1e30)
     frame: tuple = knob((256, 256), "profile adapt", "input of the profiled net, H or HxW", 1, 8192, "pixels")
     target: str = knob("local", "profile", "latency table: this machine, a phone, or the paper's table 2",
                        choices=("local", "qai-hub", "paper"))
-    hub_device: str = knob(profile_device.HUB_DEVICE, "profile",
-                           "device of AI Hub, for --target qai-hub (III-A)")
-    hub_runtime: str = knob("tflite", "profile", f"runtime on it: {', '.join(profile_device.HUB_RUNTIMES)}",
-                            choices=profile_device.HUB_RUNTIMES)
-    hub_precision: str = knob("float", "profile", "weights and activations on it, in bits",
+    hub_device: str = knob(profile_device.HUB_DEVICE, "profile", "device, for --target qai-hub (III-A)")
+    hub_runtime: str = knob("tflite", "profile", "runtime on it", choices=profile_device.HUB_RUNTIMES)
+    hub_precision: str = knob("float", "profile", "bits of weights and activations on it",
                               choices=profile_device.HUB_PRECISIONS)
     hub_options: str = knob("", "profile", 'of its compile and inference jobs: --hub-options="--x y"')
-    hub_blocks: str = knob("alone", "profile", "blocks are profiled there alone, as in the paper, or inside "
-                           "the net", choices=("alone", "net"))
+    hub_blocks: str = knob("alone", "profile", "profile blocks alone, as in the paper, or inside the net",
+                           choices=("alone", "net"))
     calibration: int = knob(64, "profile", "training images to quantise with, for w8a8 and w8a16", 1, 10 ** 4)
     distill_share: float = knob(0.25, "distill", "share of the training pairs that it sees (II-B)", 1e-6, 1)
-    distill_steps: int = knob(100, "distill", "length of it, all at once (II-B)", 0, 10 ** 7, "steps")
+    distill_steps: int = knob(100, "distill", "length, of all surrogates at once (II-B)", 0, 10 ** 7, "steps")
     distill_lr: float = knob(4e-3, "distill", "first learning rate, cosine to 0", 1e-12, 1e30)
     space: str = knob("paper", "saliency", "what may change: paper, all but the critical stage, block for "
                       "block; all, every block, which may also go", choices=("paper", "all"))
-    keep: int = knob(0, "saliency", "most salient stages that stay with --space all as well", 0, 99)
+    keep: int = knob(0, "saliency", "how many of the most salient stages stay with --space all", 0, 99)
     evaluations: int = knob(100, "search", "configurations that the search proposes (II-C)", 1)
     candidates: int = knob(2, "search", "architectures of the knee region that are fine-tuned (II-C)", 1)
     max_ms: float = knob(0.0, "search", "most latency of a candidate, predicted, 0: any", 0, 1e9, "ms")
-    max_loss_db: float = knob(0.0, "search", "most that it may lose before fine-tuning, 0: any", 0, 1e3, "dB")
+    max_loss_db: float = knob(0.0, "search", "most loss of one before fine-tuning, 0: any", 0, 1e3, "dB")
     from_: str = knob("", "finetune adapt", "a finetuned.pt to adapt to --data, without a search (III-C)")
-    finetune_steps: int = knob(400, "finetune adapt", "length of it, each candidate", 0, 10 ** 7, "steps")
+    finetune_steps: int = knob(400, "finetune adapt", "length, for each candidate", 0, 10 ** 7, "steps")
     finetune_lr: float = knob(1e-3, "finetune adapt", "first learning rate, cosine to 1e-7", 1e-12, 1e30)
     pick: str = knob("near-best", "finetune", "of these candidates: best (PSNR, II-C), fastest (III-A), or "
                      "near-best, the fastest within 0.1 dB of best", choices=("near-best", "best", "fastest"))
-    test: tuple = knob((), "evaluate adapt control",
-                       "a further test set, folder or list; may be given several times")
+    test: tuple = knob((), "evaluate adapt control", "a further test set, folder or list; repeatable")
     controls: int = knob(3, "control", "random configurations among them", 0, 999)
     control_scratch: bool = knob(False, "control", "train some from scratch even if --weights gave the base")
 
@@ -238,11 +230,11 @@ def check(config):
         raise InputError(f"--crop {config.crop} is larger than --made-size {config.made_size}")
     made = 6 * (config.made_train + 2 * config.made_test) * config.made_size ** 2
     step = config.width * config.batch * config.crop ** 2
-    sizes = {"--width, doubled at each stage of --enc, comes to": (config.width * 2 ** len(config.enc), 8192),
-             "--width x --batch x --crop squared is": (step, 2 ** 31),
-             "--width x --frame is": (config.width * math.prod(config.frame), 2 ** 29),
-             "6 bytes x --made-size squared x (--made-train + 2 --made-test) is": (made, 2 ** 34)}
-    for what, (size, most) in sizes.items():
+    for what, size, most in (
+            ("--width, doubled at each stage of --enc, comes to", config.width * 2 ** len(config.enc), 8192),
+            ("--width x --batch x --crop squared is", step, 2 ** 31),
+            ("--width x --frame is", config.width * math.prod(config.frame), 2 ** 29),
+            ("6 bytes x --made-size squared x (--made-train + 2 --made-test) is", made, 2 ** 34)):
         if size > most:
             raise InputError(f"{what} {size:,}, which no memory holds: at most {most:,}")
     test_sets(config)
@@ -266,13 +258,12 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def anywhere(flag):
-    """Whether `flag` is set on any rank: one scalar reduction."""
-    if world() == 1:
-        return bool(flag)
-    value = torch.tensor(float(bool(flag)))
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return value.item() > 0
+def anywhere(condition):
+    """Whether `condition` holds on any rank: one scalar reduction."""
+    ranks = torch.tensor(int(bool(condition)))
+    if world() > 1:
+        dist.all_reduce(ranks)
+    return ranks.item() > 0
 
 
 def gather(value):
@@ -298,8 +289,8 @@ class Told(InputError):
 def agreed(call):
     """call() on every rank; where it fails on one, all raise the first one's line: none waits in vain.
 
-    Calls nest: a rank that fails between two inner ones is in the outer one's reduction when the others come
-    to the next inner one's, and what they learn there they raise as it is.
+    Calls nest: a rank that fails between two inner calls is already in the outer one's reduction when the
+    others come to the next inner one's; what they learn there they raise as it is.
     """
     value, line = None, None
     try:
@@ -340,22 +331,19 @@ def joined(device):
 
     gloo on CPU, nccl besides on GPUs. The limit of a day: ranks wait while rank 0 profiles a phone.
     """
-    try:
-        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    except ValueError:
-        what = f"WORLD_SIZE={os.environ['WORLD_SIZE']}"
-        raise InputError(f"{what} is no number: start with torchrun") from None
-    if alone:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdigit():
+        raise InputError(f"WORLD_SIZE={size} is no number: start with torchrun")
+    if int(size) == 1:
         yield device
         return
-    on_gpu = device.startswith("cuda")
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     except (RuntimeError, ValueError) as error:
-        why = f"the other ranks are not to be reached ({first_line(error)})"
+        why = f"the other ranks cannot be reached ({first_line(error)})"
         raise InputError(f"{why}: start with torchrun") from None
     try:
         with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as quiet:
@@ -406,7 +394,7 @@ def write_file(path, content):
 
 
 def writable(out):
-    """Refuse an output folder that cannot be written before any work is done."""
+    """Refuse, before any work is done, an output folder that cannot be written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
@@ -416,7 +404,7 @@ def writable(out):
 
 def read_file(path, remedy):
     """What a JSON or torch file holds: tensors and plain values, never code. InputError if damaged."""
-    if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
+    if path.exists() and not path.is_dir() and not path.is_file():
         raise InputError(f"{path} is no file that can be read whole: {remedy}")       # a pipe, say
     try:
         if path.suffix == ".json":
@@ -463,8 +451,7 @@ def loaded(path, head, remedy=None):
     with contextlib.suppress(Exception):          # odd entries have no digest
         whole = content["checksum"] == digest({k: v for k, v in content.items() if k != "checksum"})
     if not whole:
-        raise InputError(f"{path} is damaged, was changed after it was written, or is of another version: "
-                         + remedy)
+        raise InputError(f"{path} is damaged, edited, or of another version: {remedy}")
     for key, value in sorted(head.get("config", {}).items(), key=lambda item: item[0] != "from_"):
         if key not in content["config"]:
             raise InputError(f"{path} is of a version without {flag(key)}: give another --out, or delete it")
@@ -496,16 +483,17 @@ class Job(NamedTuple):
 def resumed(job, file, done="step"):
     """What an unfinished stage left in out/FILE, on every rank; None where there is nothing that fits.
 
-    done: the key that tells how far it came.
+    done: the key that says how far it got.
     """
     def read():
-        path = job.out / file
+        path, stage = job.out / file, job.head["stage"]
+        if not path.exists():
+            return None
         try:
-            found = loaded(path, job.head) if path.exists() else None
+            found = loaded(path, job.head)
         except Stale as why:
-            return say(f"{job.head['stage']}: {why} and counts for nothing")
-        if found:
-            say(f"{job.head['stage']}: goes on from {path}, {found[done]} done")
+            return say(f"{stage}: {why}, so it is left aside")
+        say(f"{stage}: goes on from {path}, {found[done]} done")
         return found
 
     return first(read)
@@ -516,15 +504,14 @@ def finite(state):
     return all(value.isfinite().all().item() for value in state.values())
 
 
-def refuse_divergence(label, state, last):
-    """InputError if a `blocks.loop_state` is not finite; `last` says what is left of the work."""
-    for curve in state["losses"].values():
-        bad = np.flatnonzero(~np.isfinite(curve.numpy()))
-        if len(bad):
-            raise InputError(f"{label} diverged, the loss of step {bad[0]} is {curve[bad[0]]}: "
-                             f"lower the learning rate{last}")
+def refuse_divergence(label, state, hint):
+    """InputError if a `blocks.loop_state` of `blocks.train` is not finite; it ends with the hint."""
+    for step, loss in enumerate(state["losses"]["psnr"].tolist()):
+        if not math.isfinite(loss):
+            raise InputError(f"{label} diverged, the loss of step {step} is {loss}: "
+                             f"lower the learning rate{hint}")
     if not finite(state["model"]):
-        raise InputError(f"{label} diverged, its weights are not finite: lower the learning rate{last}")
+        raise InputError(f"{label} diverged, its weights are not finite: lower the learning rate{hint}")
 
 
 def keeper(job, file, label, steps, state=None, joint=False, every_s=120.0):
@@ -535,20 +522,20 @@ def keeper(job, file, label, steps, state=None, joint=False, every_s=120.0):
     trains a part of its own (distillation), all are kept in one file, and one that diverges ends nothing.
     """
     path, kept = job.out / file, state["step"] if state else 0
-    tick, last, wait = progress(label, steps, kept), time.monotonic(), 0.0
+    tick, kept_at, wait = progress(label, steps, kept), time.monotonic(), 0.0
 
     def each(step, losses, make):
-        nonlocal last, wait, kept
+        nonlocal kept, kept_at, wait
         tick(step, lambda: "" if joint else f"{-losses['psnr'][step - 1]:.2f} dB")
         started = time.monotonic()
-        if not anywhere(rank() == 0 and (step == steps or started - last >= wait)):
+        if not anywhere(rank() == 0 and (step == steps or started - kept_at >= wait)):
             return
         state = merged(gather(make())) if joint else rank() == 0 and make()
         good = f"; the last good checkpoint is {path}, of step {kept}: delete it to start over"
         first(lambda: joint or refuse_divergence(label, state, good))
         first(lambda: saved(path, state, job.head))
-        last, kept = time.monotonic(), step
-        wait = min(every_s, 50 * (last - started))
+        kept, kept_at = step, time.monotonic()
+        wait = min(every_s, 50 * (kept_at - started))
 
     return each
 
@@ -567,8 +554,8 @@ def power_noise(size, rng):
     along, across = turned(np.fft.rfftfreq(size), np.fft.fftfreq(size)[:, None], angle)
     f = np.hypot(stretch * along, across)
     f[0, 0] = np.inf
-    return np.fft.irfft2(np.fft.rfft2(rng.standard_normal((size, size))) / f ** rng.uniform(0.8, 1.6),
-                         (size, size))
+    spectrum = np.fft.rfft2(rng.standard_normal((size, size)))
+    return np.fft.irfft2(spectrum / f ** rng.uniform(0.8, 1.6), (size, size))
 
 
 def grating(size, rng):
@@ -615,8 +602,8 @@ def leaf_colour(palette, rng):
 def leaf_fill(height, width, palette, textures, contrast, rng):
     """A patch (height, width, 3) of 8 bits: one colour, a linear ramp of light, a crop of a texture.
 
-    The ramp changes by about a quarter across the patch and is zero at half the scene's side from its
-    corner, so that many small patches saturate: the deep shadows and highlights that photographs have.
+    The ramp is zero at half the scene's side from the patch's corner, so that many small patches saturate:
+    the deep shadows and highlights that photographs have.
     """
     colour = leaf_colour(palette, rng)
     texture = textures[rng.integers(len(textures))]
@@ -632,9 +619,8 @@ def leaf_fill(height, width, palette, textures, contrast, rng):
 def dead_leaves(size, rng):
     """A scene (size, size, 3) uint8 of shapes that hide one another (Lee, Mumford & Huang 2001).
 
-    Radii follow a power law, as in photographs; such images train restoration nets almost as well
-    (Achddou et al. 2021). A palette per image; the count decides between open sky and clutter. What lies
-    behind may be out of focus.
+    Radii follow a power law, as in photographs; such images train restoration nets almost as well (Achddou
+    et al. 2021). The count decides between open sky and clutter; what lies behind may be out of focus.
     """
     shades = rng.integers(4, 10)
     palette = np.clip(rng.beta(0.9, 1.2, (shades, 1)) + rng.normal(0, 0.1, (1, 3))
@@ -683,16 +669,15 @@ def to_eight_bits(linear):
 
 
 def made_pair(size, rng, length=8.0, softness=1.0, margin=12):
-    """A (sharp, blur) pair, uint8 (3, size, size): frames of a scene averaged in linear light.
+    """A (sharp, blur) pair, uint8 (3, size, size): frames of a scene averaged in linear light, as GoPro's.
 
-    As GoPro's own pairs were made, gamma 2.2. Rendered at twice the size and averaged down. length: of the
-    camera's path, in pixels, 0 for no blur; softness: sigma of the lens, in pixels. Half the scenes have
-    grain, as sharp frames of films have and blurred ones have not.
+    Rendered at twice the size. length: of the camera's path, 0 for no blur, and softness: sigma of the lens,
+    in pixels. Half the scenes have grain, as sharp frames of films have and blurred ones have not.
     """
     scene = dead_leaves(2 * (size + 2 * margin), rng).transpose(2, 0, 1) / np.float32(255)
     scene = gaussian_filter(scene, 2 * softness, mode="mirror", truncate=3, axes=(1, 2))
     scene += max(0, rng.uniform(-0.06, 0.06)) * rng.standard_normal(scene.shape, np.float32)
-    linear = torch.from_numpy(scene)[None].clamp(0, 1) ** 2.2
+    linear = torch.from_numpy(scene)[None].clamp(0, 1) ** 2.2          # gamma 2.2
     side, inside, frames = linear.shape[-1], slice(2 * margin, -2 * margin), 1 + math.ceil(2 * length)
     sharp = to_eight_bits(linear[..., inside, inside])
     if not length:
@@ -731,15 +716,10 @@ def numbered_pair(seed, stream, size, number):
 
     Training pairs have blur from none to more than the net can mend, through lenses from sharp to soft, so
     that it learns what not to touch. Scored pairs are all blurred, and soft as photographs are.
-
-    Tried, a net each (seed 0; seeds differ by .15): change of PSNR on six photographs, mean and worst, dB.
-    Leaves alone, blurred by 2 to 13 pixels: -.03, -3.0; blur from none, soft lenses, stripes, calm scenes,
-    three times as many, --cap-db 30: .55, -.66 (in three times the steps .64, -2.05); with streaks too: .57,
-    -.61; and grain: .57, -.39; and depth of field: .72, -.11 (another seed .57, -.08). Not kept: tinted
-    scenes .50, -.29; leaves with soft edges .67, -.27 without depth of field, no better with it; L1 loss .50,
-    -.01; --cap-db 33 .45, -.11; --cap-db 28 and a tenth without blur .72 .52 .64 in three seeds, -.43;
-    then 40 in the last quarter .47, -.54; half as many calm scenes and stripes .68, -.17; 2 crops in twice
-    as many steps .40, -1.02 (before streaks), 8 in half as many .56, -.24; an average of weights: no change.
+    Change of PSNR on six photographs, mean and worst, dB (seeds differ by .15): leaves blurred by 2 to 13
+    pixels -.03, -3.0; blur from none, soft lenses, stripes, calm scenes, three times as many pairs, --cap-db
+    30 .55, -.66; streaks and grain as well .57, -.39; depth of field too .72, -.11. No gain: tinted scenes,
+    soft edges, L1 loss, --cap-db 28 or 33, crops by 2 or 8, an average of weights.
     """
     rng = np.random.default_rng([seed, stream, number])
     if stream:
@@ -749,15 +729,12 @@ def numbered_pair(seed, stream, size, number):
 
 
 def made_pairs(seed, split, count, size):
-    """The first `count` made pairs of a split, `size` pixels a side; each by (seed, split, its number).
-
-    Many are made by a process per core; their images are copied, since each holds a file open until then.
-    """
+    """The first `count` made pairs of a split, `size` pixels a side; each by (seed, split, its number)."""
     make = functools.partial(numbered_pair, seed, ("train", "val", "test").index(split), size)
     make = made_ahead(make, min(8, os.cpu_count() or 1)) if count > 16 else make
     tick, pairs = progress(f"making {split} pairs", count), []
     for i in range(count):
-        pairs.append(tuple(image.clone() for image in make(i)))
+        pairs.append(tuple(image.clone() for image in make(i)))        # another process's holds a file open
         tick(i + 1)
     return pairs
 
@@ -766,16 +743,7 @@ def made_pairs(seed, split, count, size):
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 FOLDERS = (("blur", "sharp"), ("blur", "gt"), ("input", "target"), ("inputC", "target"), ("source", "target"))
-
-
-@contextlib.contextmanager
-def up_to(pixels):
-    """Pillow refuses images of more than this; by itself it takes one of 200 megapixels for an attack."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels // 2        # it refuses twice the limit
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+Image.MAX_IMAGE_PIXELS = 2 ** 28               # Pillow refuses images of more than twice as many
 
 
 def photo(path, use):
@@ -783,7 +751,7 @@ def photo(path, use):
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError("it is no file")     # a pipe, say, which would be waited for
-        with warnings.catch_warnings(action="ignore"), up_to(2 ** 29), Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             return use(image)
     except Exception as error:                    # Pillow raises many kinds on damaged files
         raise InputError(f"cannot read image {path} ({first_line(error)}): replace or remove it") from None
@@ -792,8 +760,8 @@ def photo(path, use):
 def eight_bits(image):
     """A PIL image of numbers, 16 or 32 bits or float, as grey of 8 bits.
 
-    White is 65535 where pixels have 16 bits; else it is the first of 1, 255 and 65535 that all but a fiftieth
-    of the pixels stay below (highlights may exceed it by far, and edges that were sharpened a little).
+    White is 65535 where pixels have 16 bits, else the first of 1, 255 and 65535 that all but a fiftieth of
+    the pixels stay below: highlights may exceed it by far, and sharpened edges a little.
     """
     values = np.nan_to_num(np.asarray(image, dtype=np.float32))
     level = np.quantile(values, 0.98)
@@ -874,10 +842,7 @@ def match_names(sharp, blur):
 
 
 def listed_pairs(path):
-    """The pairs of a text file of `sharp blur` paths, one pair a line, relative to the file's folder.
-
-    Empty lines, and those that begin with #, do not count.
-    """
+    """The pairs of a text file: `sharp blur` paths, relative to its folder, a pair a line, or # a comment."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
@@ -920,10 +885,9 @@ def split_root(path, split):
 
 
 def list_pairs(path, split):
-    """[(sharp path, blur path), ...] of a split, sorted; pairs match by name.
+    """[(sharp path, blur path), ...] of a split, sorted; pairs match by name, see `pairs_below`.
 
-    `path` is a text file of pairs, or a folder that holds the split: split.txt (such a file), else split/
-    or split_c/ (DPDD), see `pairs_below`. Raises InputError naming what is missing.
+    `path` is a text file of pairs, or a folder of split.txt (such a file), else split/, else split_c/ (DPDD).
     """
     path = Path(path)
     root = path if path.is_file() else split_root(path, split)
@@ -966,14 +930,13 @@ def scenes_of(pairs):
 def carved(pairs, most, seed):
     """Pairs of train -> (train, validation, words on how it was carved); no scene is on both sides.
 
-    An eighth of the scenes is held back, at least one, at most `most`, never the largest; of their pairs,
-    `most` at equal distances become validation, and the rest, as like them as frames of one film, are in
-    neither.
+    An eighth of the scenes is held back, at least one, at most `most`, never the largest. Of their pairs,
+    `most` at equal distances become validation; the rest, frames of the same films, are in neither.
     """
     scenes = scenes_of(pairs)
     if len(scenes) < 2:
-        raise InputError(f"{pairs[0][0]}: the training pairs show one scene; at least 2, "
-                         "as one is for validation")
+        raise InputError(f"{pairs[0][0]}: the training pairs show one scene; at least 2 are needed, one of "
+                         "them for validation")
     largest = max(scenes, key=lambda scene: len(scenes[scene]))
     others = [scene for scene in scenes if scene != largest]
     order = np.random.default_rng([seed, 3]).permutation(len(others))
@@ -1017,8 +980,8 @@ def validation_words(config):
 def training_pairs(config, split="train"):
     """What a run trains on: train, or, where that is a few photographs, train and made pairs by halves.
 
-    A net that saw three photographs alone fails on the fourth: 400 steps on crops of one scene scored 9 dB
-    below the blurred input on another scene, by halves with made pairs above it. Adaptation keeps to train.
+    400 steps on crops of one scene alone scored 9 dB below the blurred input on another scene, by halves with
+    made pairs above it. Adaptation keeps to train.
     """
     own = split_pairs(config, split)
     if not config.data or config.from_ or len(own) >= config.few:
