@@ -160,8 +160,7 @@ class Config:
     hub_precision: str = knob("float", "profile", "bits of weights and activations on it",
                               choices=profile_device.HUB_PRECISIONS)
     hub_options: str = knob("", "profile", 'of its compile and inference jobs: --hub-options="--x y"')
-    hub_blocks: str = knob("alone", "profile", "profile blocks alone, as in the paper, or inside the net",
-                           choices=("alone", "net"))
+    hub_blocks: str = knob("alone", "profile", "profile blocks alone or in the net", choices=("alone", "net"))
     calibration: int = knob(64, "profile", "training images to quantise with, for w8a8 and w8a16", 1, 10 ** 4)
     distill_share: float = knob(0.25, "distill", "share of the training pairs that it sees (II-B)", 1e-6, 1)
     distill_steps: int = knob(100, "distill", "length, of all surrogates at once (II-B)", 0, 10 ** 7, "steps")
@@ -210,7 +209,7 @@ def test_sets(config):
         name, _, path = text.partition("=")
         if not name or not path or name in sets or name in ("validation", "test"):
             raise InputError(f"--test {text}: give NAME=PATH, each NAME once, and not validation or test")
-        sets[name] = path
+        sets[name] = Path(path)
     return sets
 
 
@@ -343,15 +342,13 @@ def joined(device):
     try:
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     except (RuntimeError, ValueError) as error:
-        why = f"the other ranks cannot be reached ({first_line(error)})"
-        raise InputError(f"{why}: start with torchrun") from None
+        raise InputError(f"the other ranks cannot be reached ({first_line(error)}): use torchrun") from None
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as quiet:
-            if rank():
-                quiet.enter_context(contextlib.redirect_stdout(nowhere))
-                quiet.enter_context(contextlib.redirect_stderr(nowhere))
-            yield device
-            dist.barrier()                        # rank 0, the others' meeting place, must not leave first
+        with open(os.devnull, "w") as nowhere:
+            out, err = (nowhere, nowhere) if rank() else (sys.stdout, sys.stderr)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                yield device
+                dist.barrier()                    # rank 0, the others' meeting place, must not leave first
     except Exception as error:                    # what wraps a net hangs if it outlives the group
         traceback.clear_frames(error.__traceback__)
         gc.collect()
@@ -386,8 +383,7 @@ def write_file(path, content):
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        why = f"{path} cannot be written ({error.strerror})"
-        raise InputError(f"{why}: make room there, or give another place") from None
+        raise InputError(f"{path} cannot be written ({error.strerror}): make room or give another") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -404,7 +400,7 @@ def writable(out):
 
 def read_file(path, remedy):
     """What a JSON or torch file holds: tensors and plain values, never code. InputError if damaged."""
-    if path.exists() and not path.is_dir() and not path.is_file():
+    if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
         raise InputError(f"{path} is no file that can be read whole: {remedy}")       # a pipe, say
     try:
         if path.suffix == ".json":
@@ -481,19 +477,15 @@ class Job(NamedTuple):
 
 
 def resumed(job, file, done="step"):
-    """What an unfinished stage left in out/FILE, on every rank; None where there is nothing that fits.
-
-    done: the key that says how far it got.
-    """
+    """What an unfinished stage, `done` so far, left in out/FILE, on every rank; None where nothing fits."""
     def read():
         path, stage = job.out / file, job.head["stage"]
-        if not path.exists():
-            return None
         try:
-            found = loaded(path, job.head)
+            found = loaded(path, job.head) if path.exists() else None
         except Stale as why:
             return say(f"{stage}: {why}, so it is left aside")
-        say(f"{stage}: goes on from {path}, {found[done]} done")
+        if found:
+            say(f"{stage}: goes on from {path}, {found[done]} done")
         return found
 
     return first(read)
@@ -505,13 +497,12 @@ def finite(state):
 
 
 def refuse_divergence(label, state, hint):
-    """InputError if a `blocks.loop_state` of `blocks.train` is not finite; it ends with the hint."""
-    for step, loss in enumerate(state["losses"]["psnr"].tolist()):
-        if not math.isfinite(loss):
-            raise InputError(f"{label} diverged, the loss of step {step} is {loss}: "
-                             f"lower the learning rate{hint}")
-    if not finite(state["model"]):
-        raise InputError(f"{label} diverged, its weights are not finite: lower the learning rate{hint}")
+    """InputError, the hint at its end, if the `blocks.loop_state` of a net in training is not finite."""
+    losses = enumerate(state["losses"]["psnr"].tolist())
+    bad = [f"the loss of step {step} is {loss}" for step, loss in losses if not math.isfinite(loss)]
+    if bad or not finite(state["model"]):
+        why = bad[0] if bad else "its weights are not finite"
+        raise InputError(f"{label} diverged, {why}: lower the learning rate{hint}")
 
 
 def keeper(job, file, label, steps, state=None, joint=False, every_s=120.0):
@@ -589,8 +580,7 @@ def leaf_mask(radius, rng):
         half = math.atan(rng.uniform(0.03, 1.0))                       # from a thin bar to a square
         angles = rng.uniform(0, np.pi) + np.array([half, np.pi - half, np.pi + half, -half])
         reach = np.full(4, radius)
-    draw.polygon([(radius + r * math.cos(a), radius + r * math.sin(a)) for a, r in zip(angles, reach)],
-                 fill=255)
+    draw.polygon([(radius + r * math.cos(a), radius + r * math.sin(a)) for a, r in zip(angles, reach)], 255)
     return mask
 
 
@@ -716,10 +706,9 @@ def numbered_pair(seed, stream, size, number):
 
     Training pairs have blur from none to more than the net can mend, through lenses from sharp to soft, so
     that it learns what not to touch. Scored pairs are all blurred, and soft as photographs are.
-    Change of PSNR on six photographs, mean and worst, dB (seeds differ by .15): leaves blurred by 2 to 13
-    pixels -.03, -3.0; blur from none, soft lenses, stripes, calm scenes, three times as many pairs, --cap-db
-    30 .55, -.66; streaks and grain as well .57, -.39; depth of field too .72, -.11. No gain: tinted scenes,
-    soft edges, L1 loss, --cap-db 28 or 33, crops by 2 or 8, an average of weights.
+    Gain on six photographs, mean and worst, dB (seeds differ by .15): leaves blurred by 2 to 13 pixels -.03,
+    -3.0; blur from none, soft lenses, stripes, calm scenes, thrice the pairs, --cap-db 30 .55, -.66; streaks,
+    grain, depth of field .72, -.11. None by tinted scenes, soft edges, L1 loss, other --cap-db or --batch.
     """
     rng = np.random.default_rng([seed, stream, number])
     if stream:
@@ -770,16 +759,15 @@ def eight_bits(image):
     return Image.fromarray((values.clip(0, top) * (255 / top) + 0.5).astype(np.uint8))
 
 
-def to_rgb(image):
-    """A PIL image, upright (EXIF), in place, then RGB at 8 bits; what is deeper is scaled, not clipped."""
-    ImageOps.exif_transpose(image, in_place=True)         # a copy of a large photograph would cost much
-    image = eight_bits(image) if image.mode[0] in "IF" else image
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
 def load_image(path):
-    """Any image file -> RGB uint8 (3, H, W)."""
-    return photo(path, lambda image: torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1))
+    """Any image file -> RGB uint8 (3, H, W), upright (EXIF); what is deeper is scaled, not clipped."""
+    def pixels(image):                            # a copy of a large photograph would cost much
+        ImageOps.exif_transpose(image, in_place=True)
+        image = eight_bits(image) if image.mode[0] in "IF" else image
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    return photo(path, pixels)
 
 
 def size_of(image):
@@ -798,15 +786,11 @@ def load_pair(pair):
     return sharp, blur
 
 
-def upright_size(image):
-    """(width, height) of a PIL image once it is turned upright, by its header alone."""
-    return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
-
-
 def sized_pairs(pairs, smallest, use):
     """The pairs, once every file's header is read: both of one size, and no side below `smallest` pixels."""
+    upright = lambda image: image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
     for sharp, blur in pairs:
-        (width, height), other = photo(sharp, upright_size), photo(blur, upright_size)
+        (width, height), other = photo(sharp, upright), photo(blur, upright)
         if (width, height) != other:
             raise InputError(f"{blur} is {other[0]}x{other[1]} but {sharp} is {width}x{height}: "
                              "pairs must be of one size")
@@ -836,8 +820,8 @@ def match_names(sharp, blur):
     """Pairs of two folders by file name, never by position."""
     s, b = by_name(sharp), by_name(blur)
     for name in sorted(s.keys() ^ b.keys()):
-        raise InputError(f"{s.get(name) or b.get(name)} has no partner in {blur if name in s else sharp}: "
-                         "add it, or remove this file")
+        orphan, other = (s[name], blur) if name in s else (b[name], sharp)
+        raise InputError(f"{orphan} has no partner in {other}: add it, or remove this file")
     return [(s[name], b[name]) for name in s]
 
 
@@ -855,10 +839,7 @@ def listed_pairs(path):
 
 
 def pairs_below(root):
-    """The pairs of a text file, or of all sibling folders known by name below a folder, sorted.
-
-    Where a folder holds several layouts (sharp and gt, say), the first of FOLDERS counts.
-    """
+    """The pairs of a text file, or of the sibling folders below a folder (of FOLDERS the first), sorted."""
     if root.is_file():
         return listed_pairs(root)
     pairs, layouts = [], [tuple(name.lower() for name in names) for names in FOLDERS]
@@ -871,8 +852,7 @@ def pairs_below(root):
             continue
         for name in sorted(set(sum(layouts, ())) & here.keys()):
             if images_in(here[name]):
-                raise InputError(f"{here[name]} has images but no folder of partners beside it: "
-                                 "add that, or remove it")
+                raise InputError(f"{here[name]} has images but no folder of partners: add that, or remove it")
     if not pairs:
         raise InputError(f"no pairs below {root}: it needs sibling folders such as blur and sharp")
     return sorted(pairs)
@@ -892,8 +872,7 @@ def list_pairs(path, split):
     path = Path(path)
     root = path if path.is_file() else split_root(path, split)
     if root is None:
-        raise InputError(f"no folder {path / split}: --data wants {split} pairs there, "
-                         f"say {path / split}/SCENE/blur and /sharp")
+        raise InputError(f"no folder {path / split}: put {split} pairs there, say SCENE/blur and SCENE/sharp")
     return pairs_below(root)
 
 
@@ -901,13 +880,11 @@ def named_pairs(config):
     """{NAME: pairs} of --test: the test split of a folder that has one, else all pairs below it."""
     sets = {}
     for name, path in test_sets(config).items():
-        path = Path(path)
         if not path.exists():
             raise InputError(f"--test {name}={path}: there is no such folder or list")
         root = split_root(path, "test") if path.is_dir() else path
         if root is None and split_root(path, "train"):
-            raise InputError(f"--test {name}={path} has a train split but no test split: "
-                             "give the folder or list to score")
+            raise InputError(f"--test {name}={path} has a train split but no test split: say what to score")
         sets[name] = sized_pairs(pairs_below(root or path), 11, "scored")
     return sets
 
@@ -935,8 +912,7 @@ def carved(pairs, most, seed):
     """
     scenes = scenes_of(pairs)
     if len(scenes) < 2:
-        raise InputError(f"{pairs[0][0]}: the training pairs show one scene; at least 2 are needed, one of "
-                         "them for validation")
+        raise InputError(f"{pairs[0][0]}: the training pairs show one scene; at least 2, one to validate on")
     largest = max(scenes, key=lambda scene: len(scenes[scene]))
     others = [scene for scene in scenes if scene != largest]
     order = np.random.default_rng([seed, 3]).permutation(len(others))
@@ -958,8 +934,7 @@ def split_pairs(config, split):
         count = config.made_train if split == "train" else config.made_test
         return made_pairs(config.seed, split, count, config.made_size)
     if Path(config.data).is_file():
-        raise InputError(f"--data {config.data} is a file: give the folder, "
-                         "with lists named train.txt and test.txt")
+        raise InputError(f"--data {config.data} is a file: give a folder with lists train.txt and test.txt")
     if split == "test":
         return sized_pairs(list_pairs(config.data, "test"), 11, "scored")
     pairs = list_pairs(config.data, "train")
@@ -987,8 +962,7 @@ def training_pairs(config, split="train"):
     if not config.data or config.from_ or len(own) >= config.few:
         return own
     made = made_pairs(config.seed, "train", config.made_train, max(config.made_size, config.crop))
-    say(f"{len(own)} training pairs are few (--few {config.few}): "
-        f"{len(made)} made ones take half of all crops")
+    say(f"{len(own)} training pairs are few (--few): {len(made)} made ones take half of all crops")
     mixed = own * max(1, round(len(made) / len(own))) + made
     return [mixed[i] for i in np.random.default_rng([config.seed, 5]).permutation(len(mixed))]
 
@@ -1002,10 +976,7 @@ def as_batch(images, device="cpu"):
 
 
 def crop_pair(pair, crop, draw):
-    """(sharp, blur) of any size -> (blur, sharp) uint8 (3, crop, crop), moved and turned together.
-
-    draw: four numbers in [0, 1), of top, left, turns and flip, so that it depends on no image's size.
-    """
+    """(sharp, blur) -> (blur, sharp) uint8 (3, crop, crop); draw: of place, turns, flip, in [0, 1)^4."""
     height, width = pair[0].shape[-2:]
     top, left = int(draw[0] * (height - crop + 1)), int(draw[1] * (width - crop + 1))
     window = [torch.rot90(image[:, top:top + crop, left:left + crop], int(4 * draw[2]), (1, 2))
@@ -1023,9 +994,9 @@ def random_crops(pairs, seed, crop, batch, share, read, step):
 def crops(pairs, seed, crop, batch, workers=0, share=(0, 1)):
     """A function step -> (blur, sharp), each uint8 (batch, 3, crop, crop): random places, flips and turns.
 
-    A pure function of (seed, step), so that a loop resumed at any step continues bit for bit, and that
-    `workers` processes may decode ahead without changing a bit. share (rank, ranks): the images rank,
-    rank + ranks, .. of the batch alone are decoded and returned. The pairs used last are remembered.
+    A pure function of (seed, step), so a loop resumed at any step continues bit for bit, and `workers`
+    processes may decode ahead. share (rank, ranks): only the images rank, rank + ranks, .. of the batch are
+    decoded and returned.
     """
     if batch < share[1]:
         raise InputError(f"--batch {batch} is too small for {share[1]} ranks: give at least as many crops")
@@ -1079,35 +1050,23 @@ def restore(net, blur, device="cpu"):
 
 
 def alike(pairs, pixels=2 ** 16):
-    """Loaded pairs in groups of one size and of about `pixels` in all, in order: what is fastest on a CPU.
-
-    Eight scores of 32 images of 128x128: one image at a time .67 s, by 2 .41, by 4 .34, by 8 .45, by 16 .63.
-    """
-    group = []
-    for pair in map(load_pair, pairs):
-        size = pair[0].shape
-        if group and (group[0][0].shape != size or len(group) * size[1] * size[2] >= pixels):
+    """Loaded pairs in order, in groups of one size and about `pixels` in all: twice as fast as one by one."""
+    for size, of_size in itertools.groupby(map(load_pair, pairs), lambda pair: pair[0].shape):
+        count = math.ceil(pixels / math.prod(size[1:]))
+        while group := list(itertools.islice(of_size, count)):
             yield group
-            group = []
-        group.append(pair)
-    if group:
-        yield group
 
 
 def image_scores(net, pairs, device="cpu", with_ssim=True, label=""):
-    """PSNR (dB) and SSIM of every image, whole and of any size; net None scores the blurred input itself.
-
-    Images of one size go through the net a few at a time. Progress is shown under `label`, if there is one.
-    """
-    db, structure, tick = [], [], progress(label, len(pairs)) if label else None
+    """PSNR (dB) and SSIM of every image; net None scores the blurred input; label: of the progress shown."""
+    db, structure, tick = [], [], progress(label, len(pairs)) if label else lambda done: None
     for group in alike(pairs):
         sharp, blur = zip(*group)
         output = as_batch(blur, device) if net is None else restore(net, blur, device)
         target = as_batch(sharp, device)
         db += image_psnr(output, target).tolist()
         structure += [ssim(*pair).item() if with_ssim else math.nan for pair in zip(output, target)]
-        if tick:
-            tick(len(db))
+        tick(len(db))
     return {"psnr_db": db, "ssim": structure}
 
 
@@ -1148,10 +1107,7 @@ def state_of(net):
 
 
 def load_weights(path):
-    """A checkpoint in the authors' format ({"params": state dict} or the dict itself) -> NAFNet.
-
-    base.pt is one, and so is an unfinished base.part, under another name.
-    """
+    """A checkpoint of the authors ({"params": state dict} or that dict), base.pt or base.part -> NAFNet."""
     params = read_file(Path(path), "give a NAFNet state dict")
     for key in ("params", "model"):
         params = params.get(key, params) if isinstance(params, dict) else {}
@@ -1166,9 +1122,8 @@ def filled(module, params, file):
     try:
         module.load_state_dict(params)
     except RuntimeError as error:
-        why = " ".join(str(error).split())[:300]
-        raise InputError(f"{file} does not fit the blocks of this program ({why}): "
-                         "delete it, and it is made anew") from None
+        why = f"{file} does not fit the blocks of this program ({' '.join(str(error).split())[:300]})"
+        raise InputError(f"{why}: delete it, and it is made anew") from None
     return module.eval()
 
 
@@ -1186,8 +1141,8 @@ def trained_surrogates(net, distill, seed):
 
 
 def option_names(no_block):
-    """The names of all options, in order; no_block: whether to do without is one of them."""
-    return [block.__name__ for block in (*blocks.BLOCKS, *[blocks.NoBlock] * bool(no_block))]
+    """The names of all options, in order; no_block: whether no block at all is one of them."""
+    return [block.__name__ for block in blocks.BLOCKS + (blocks.NoBlock,) * bool(no_block)]
 
 
 def choice_of(sites, options):
@@ -1198,7 +1153,7 @@ def chosen_net(finetune, device="cpu"):
     """The net of artefact `finetune`; its options must still be what they were."""
     names, choice = option_names(no_block=True), finetune["choice"]
     for k in set(choice.values()):
-        if finetune["options"][k] != (names + [None] * k)[k]:
+        if [finetune["options"][k]] != names[k:k + 1]:
             raise InputError(f"finetuned.pt has {finetune['options'][k]} as option {k}, no such block here: "
                              "use the program that made it, or make it anew")
     net = new_net(**finetune["arch"], seed=0)
@@ -1219,10 +1174,9 @@ def trained(job, net, steps, lr, label, file, seed):
         return (blur, sharp, len(blur) * ranks / config.batch) if ranks > 1 else (blur, sharp)
 
     state = resumed(job, file)
-    each = keeper(job, file, label, steps, state)
     wrap = functools.partial(DistributedDataParallel, forward_sync_buffers=False) if ranks > 1 else None
-    return blocks.train(net, batch_at, steps, lr, config.amp, state, each, wrap, config.grad_clip,
-                        config.cap_db)
+    return blocks.train(net, batch_at, steps, lr, config.amp, state,
+                        keeper(job, file, label, steps, state), wrap, config.grad_clip, config.cap_db)
 
 
 def stage_base(job):
@@ -1245,8 +1199,8 @@ def stage_base(job):
 def stage_saliency(job, base):
     """Section II-A, table 1: six measures on one minibatch, and the stage that stays."""
     config, net = job.config, base_net(base, job.device)
-    # The Hessian product holds 2.4 GiB for each 256x256 crop at width 32: 16 of them fit one GPU, 64 do not.
-    # In the demo one draw of 16 made another stage critical than draws of 24, 28, 32, 40 and 48 did.
+    # The Hessian product takes 2.4 GiB for each 256x256 crop at width 32: 16 fit one GPU, 64 do not. In the
+    # demo one draw of 16 made another stage critical than draws of 24 to 48 did.
     count = 16 if config.crop > 128 else 32
     batch = crops(job.pairs("train"), config.seed + 1, config.crop, count)(0)
     loss = functools.partial(blocks.psnr_loss, cap_db=config.cap_db)
@@ -1284,8 +1238,7 @@ def calibration(job):
 def judged(job, net, images, count=4):
     """`profile_device.Data` that runs a few validation images on the device: PSNR in dB there and here.
 
-    images () -> what to calibrate with. On the frame, clamped and rounded to 8 bits; agreement_db: PSNR of
-    the device's output against ours.
+    images () -> what to calibrate with; agreement_db: PSNR of the device's output against ours.
     """
     pairs = [[at_frame(image, job.config.frame) for image in load_pair(pair)]
              for pair in spread(job.pairs("val"), count)]
@@ -1344,20 +1297,13 @@ def stage_distill(job, base, saliency):
     params, last, diverged = {site: {} for site in sites}, {site: {} for site in sites}, []
     for site, k in students:
         student, curve = everything[site, k]
-        if not finite(student) or not all(map(math.isfinite, curve)):
+        if finite(student) and all(map(math.isfinite, curve)):
+            params[site][k] = {sys.intern(name): p for name, p in student.items()}  # names of one rank or two
+            last[site][k] = statistics.fmean(curve[-10:]) if curve else None
+        else:
             diverged.append([site, k])
-            say(f"distill: option {k} at {site} diverged and is left out of the search; "
-                f"a lower --distill-lr than {config.distill_lr} may help")
-            continue
-        params[site][k] = {sys.intern(name): p for name, p in student.items()}     # names of one rank or two
-        last[site][k] = statistics.fmean(curve[-10:]) if curve else None
+            say(f"distill: option {k} at {site} diverged and is left out; a lower --distill-lr may help")
     return {"params": params, "losses": last, "diverged": diverged}
-
-
-def share_out(score, proposals):
-    """[score of each proposal, at most one per rank], on every rank; each rank scores one."""
-    own = agreed(lambda: score(proposals[rank()]) if rank() < len(proposals) else None)
-    return gather(own)[:len(proposals)]
 
 
 def scorer(net, surrogates, sites, val, device):
@@ -1394,11 +1340,12 @@ def kept_scores(job):
 
 
 def score_new(score, scored, keep, proposals):
-    """[dB lost of each proposal]; those that are not in `scored` are scored, added to it, and kept."""
+    """[dB lost by each proposal]; what is not in `scored` is added, scored by one rank each, and kept."""
     new = [options for options in proposals if options not in scored]
     for i in range(0, len(new), world()):
         chunk = new[i:i + world()]
-        scored.update(zip(chunk, share_out(score, chunk)))
+        own = agreed(lambda: score(chunk[rank()]) if rank() < len(chunk) else None)
+        scored.update(zip(chunk, gather(own)))
         keep()
     return [scored[options] for options in proposals]
 
@@ -1406,8 +1353,8 @@ def score_new(score, scored, keep, proposals):
 def useful(front, losses, gain_db, limits=(math.inf, math.inf)):
     """The positions of `front` whose loss in dB is less than what the base net gains over the blurred input.
 
-    A net that loses as much is worth nothing, as the blurred input takes no time. All, where the base gains
-    nothing, or where limits (see `wished`) say what is wanted.
+    A net that loses as much is worth nothing, as the input takes no time. All, where the base gains nothing,
+    or where limits (see `wished`) say what is wanted.
     """
     return [i for i in front if losses[i] < gain_db or gain_db <= 0 or any(map(math.isfinite, limits))]
 
@@ -1416,8 +1363,8 @@ def best_compromises(history, count, limits=(math.inf, math.inf), gain_db=math.i
     """(the front, at most `count` of it within the limits, best first and apart), as positions in history.
 
     limits: of loss in dB and of penalty. Best is what lies furthest below the chord of the `useful` front or,
-    where one objective alone is limited, what is best in the other; then those faster than it, since
-    fine-tuning wins back most of what swaps lose, and no time. The base is none of them unless it is alone.
+    where only one objective is limited, what is best in the other; then those faster than it, since
+    fine-tuning wins back most of what swaps lose, but no time. The base is one only if it is alone.
     """
     Y, limited = np.array([e[1:] for e in history]), np.isfinite(limits)
     whole = search.front_of(Y)
@@ -1434,8 +1381,8 @@ def best_compromises(history, count, limits=(math.inf, math.inf), gain_db=math.i
 def wished(config, profile):
     """Most loss in dB and most penalty that --max-loss-db and --max-ms leave a candidate; infinite: any."""
     total = sum(row[0] for row in profile["sites"].values()) * profile["scale"]
-    return (config.max_loss_db or math.inf,
-            (config.max_ms - profile["rest_ms"]) / total + 1e-9 if config.max_ms else math.inf)
+    penalty = (config.max_ms - profile["rest_ms"]) / total + 1e-9
+    return config.max_loss_db or math.inf, penalty if config.max_ms else math.inf
 
 
 def refuse_wish(config, rows):
@@ -1451,8 +1398,8 @@ def refuse_wish(config, rows):
 def with_swaps_back(history, candidates, score_all, penalty):
     """The history and, scored too, what takes one swap of a candidate back -> (all, front, candidates).
 
-    candidates(history): the front and candidates, positions in history. Each that is scored counts: one that
-    joins the front may become a candidate, whose swaps are then taken back.
+    candidates(history): the front and candidates, positions in history. One that is scored so may become a
+    candidate itself, whose swaps are then taken back.
     """
     while True:
         front, knee = candidates(history)
@@ -1502,15 +1449,14 @@ def stage_search(job, base, saliency, profile, distill):
     gain_db = base_db - means(image_scores(None, val, job.device, with_ssim=False))["psnr_db"]
     candidates = functools.partial(best_compromises, count=config.candidates, limits=limits, gain_db=gain_db)
     history, front, knee = with_swaps_back(history, candidates, score_all, penalty)
-    rows = [{"options": list(e.options), "loss_db": e.loss_db, "penalty": e.penalty,
-             "latency_ms": profile_device.network_ms(profile, choice_of(sites, e.options))} for e in history]
+    ms = [profile_device.network_ms(profile, choice_of(sites, e.options)) for e in history]
     if not knee:
-        refuse_wish(config, [(rows[i]["loss_db"], rows[i]["latency_ms"]) for i in front
-                             if any(rows[i]["options"])])
+        refuse_wish(config, [(history[i].loss_db, ms[i]) for i in front if any(history[i].options)])
     Y, ref = np.array([e[1:] for e in history]), search.default_ref(history, penalty)
     part = useful(front, Y[:, 0], gain_db, limits)
     below = dict(zip(part, search.below_chord(Y[part]).tolist()))
-    return {"sites": sites, "evaluations": rows, "proposed": proposed, "front": front, "knee": knee,
+    return {"sites": sites, "evaluations": [{**e._asdict(), "latency_ms": t} for e, t in zip(history, ms)],
+            "proposed": proposed, "front": front, "knee": knee,
             "base_val_db": base_db, "gain_db": gain_db, "below_chord": [below[i] for i in knee],
             "space": math.prod(map(len, search.available(penalty))), "ref": ref.tolist(),
             "hypervolume": search.hypervolume(Y, ref),
@@ -1528,11 +1474,9 @@ def picked(candidates, pick):
 def stage_finetune(job, base, distill, search):
     """Section II-C: candidates of the knee region, trained on all pairs; one is picked.
 
-    Tried on the demo's base net, PSNR on test against its own: 200 steps from 5e-4 leave -.04 of the base
-    itself and -.17 of eight ReluBN blocks (1.3x), 400 steps +.04 and -.05, from 1e-3 +.05 and -.03; so two
-    candidates in place of three. No gain: twice the batch in half the steps, betas of .9 .99, averaged
-    weights, statistics of batch norm re-estimated before scoring (tau of score and fine-tuned PSNR over 19
-    nets .86 and .87).
+    In the demo 200 steps from 5e-4 leave eight ReluBN blocks (1.3x) .17 dB below the base on test, 400 .05,
+    from 1e-3 .03: so two candidates in place of three. No gain: twice the batch in half the steps, betas of
+    .9 .99, averaged weights, statistics of batch norm re-estimated.
     """
     config, net, sites = job.config, base_net(base, job.device), search["sites"]
     surrogates, tuned, rows = trained_surrogates(net, distill, config.seed), [], []
