@@ -96,7 +96,7 @@ def say(line):
 
 
 def progress(label, total, begun=0):
-    """A function (done, note) that shows one line of at most 79 columns, live on a terminal, five in a log.
+    """A function (done, note) that shows a line of at most 79 columns: live on a terminal, five in a log.
 
     begun: how many an earlier process had done. note() -> text, called only when the line is shown.
     """
@@ -107,7 +107,7 @@ def progress(label, total, begun=0):
         if done <= begun or done < total and (now - said[0] < 0.2 if live else done % -(-total // 5)):
             return
         said[0] = now
-        spent = max(now - started, 1e-9) / (done - begun)                # seconds apiece
+        spent = max(now - started, 1e-9) / (done - begun)              # seconds apiece
         left = f"{1 / spent:.1f}/s, {spent * (total - done):.0f} s left"
         line = f"{label}: {done}/{total}, {left} {note()}".rstrip()
         end = "\r" if live and done < total else "\n"
@@ -137,17 +137,17 @@ class Config:
     made_train: int = knob(768, "data", "made pairs for training and distillation", 1)
     made_test: int = knob(32, "data", "made pairs for validation, and as many for testing", 1)
     made_size: int = knob(128, "data", "side of a made image", 11, 4096, "pixels")
-    few: int = knob(64, "data", "own training pairs below which made ones take half of all crops", 0)
-    val_pairs: int = knob(16, "data", "most pairs carved from train to score the search and pick (II-C)", 1)
+    few: int = knob(64, "data", "with fewer own training pairs, made ones take half of all crops", 0)
+    val_pairs: int = knob(16, "data", "most pairs carved from train, to score and to pick by (II-C)", 1)
     weights: str = knob("", "base", "pre-trained NAFNet checkpoint (authors' format); none: train one")
     width: int = knob(16, "base", "channels of the net at full resolution", 1, 1024)
-    enc: tuple = knob((1, 1, 4, 1), "base", "blocks per encoder stage (small crops: early)", 1, 999)
+    enc: tuple = knob((1, 1, 4, 1), "base", "blocks per encoder stage (for small crops, early)", 1, 999)
     middle: int = knob(1, "base", "blocks in the middle stage", 1, 999)
     dec: tuple = knob((1, 1, 1, 1), "base", "blocks per decoder stage", 1, 999)
     crop: int = knob(96, "base adapt", "side of a training crop", 1, 4096, "pixels")
     batch: int = knob(4, "base adapt", "crops per training step", 1)
     amp: bool = knob(False, "base distill finetune adapt", "train and distil in bfloat16 (autocast)")
-    grad_clip: float = knob(0.0, "base finetune adapt", "norm at which gradients are cut, 0: none", 0, 1e9)
+    grad_clip: float = knob(0.0, "base finetune adapt", "norm that gradients are clipped to, 0: off", 0, 1e9)
     cap_db: float = knob(30.0, "base saliency finetune adapt", "PSNR where the loss levels off", 1, 100, "dB")
     tlc: bool = knob(False, "base adapt", "attend over 1.5 x --crop pixels, in every net (Chu et al. 2021)")
     base_steps: int = knob(2100, "base", "length of base training", 0, 10 ** 7, "steps")
@@ -155,30 +155,29 @@ class Config:
     frame: tuple = knob((256, 256), "profile adapt", "input of the profiled net, H or HxW", 1, 8192, "pixels")
     target: str = knob("local", "profile", "latency table: this machine, a phone, or the paper's table 2",
                        choices=("local", "qai-hub", "paper"))
-    hub_device: str = knob(profile_device.HUB_DEVICE, "profile", "device, for --target qai-hub (III-A)")
+    hub_device: str = knob(profile_device.HUB_DEVICE, "profile", "AI Hub's device, for --target qai-hub")
     hub_runtime: str = knob("tflite", "profile", "runtime on it", choices=profile_device.HUB_RUNTIMES)
-    hub_precision: str = knob("float", "profile", "bits of weights and activations on it",
-                              choices=profile_device.HUB_PRECISIONS)
-    hub_options: str = knob("", "profile", 'of its compile and inference jobs: --hub-options="--x y"')
+    hub_precision: str = knob("float", "profile", "precision on it", choices=profile_device.HUB_PRECISIONS)
+    hub_options: str = knob("", "profile", 'options of its jobs: --hub-options="--x y"')
     hub_blocks: str = knob("alone", "profile", "profile blocks alone or in the net", choices=("alone", "net"))
     calibration: int = knob(64, "profile", "training images to quantise with, for w8a8 and w8a16", 1, 10 ** 4)
-    distill_share: float = knob(0.25, "distill", "share of the training pairs that it sees (II-B)", 1e-6, 1)
+    distill_share: float = knob(0.25, "distill", "share of the training pairs that it uses (II-B)", 1e-6, 1)
     distill_steps: int = knob(100, "distill", "length, of all surrogates at once (II-B)", 0, 10 ** 7, "steps")
     distill_lr: float = knob(4e-3, "distill", "first learning rate, cosine to 0", 1e-12, 1e30)
-    space: str = knob("paper", "saliency", "what may change: paper, all but the critical stage, block for "
-                      "block; all, every block, which may also go", choices=("paper", "all"))
+    space: str = knob("paper", "saliency", "paper: blocks outside the critical stage may be replaced; all: "
+                      "every block may be, or be left out", choices=("paper", "all"))
     keep: int = knob(0, "saliency", "how many of the most salient stages stay with --space all", 0, 99)
     evaluations: int = knob(100, "search", "configurations that the search proposes (II-C)", 1)
     candidates: int = knob(2, "search", "architectures of the knee region that are fine-tuned (II-C)", 1)
-    max_ms: float = knob(0.0, "search", "most latency of a candidate, predicted, 0: any", 0, 1e9, "ms")
-    max_loss_db: float = knob(0.0, "search", "most loss of one before fine-tuning, 0: any", 0, 1e3, "dB")
+    max_ms: float = knob(0.0, "search", "most predicted latency of a candidate, 0: any", 0, 1e9, "ms")
+    max_loss_db: float = knob(0.0, "search", "most loss before fine-tuning, 0: any", 0, 1e3, "dB")
     from_: str = knob("", "finetune adapt", "a finetuned.pt to adapt to --data, without a search (III-C)")
     finetune_steps: int = knob(400, "finetune adapt", "length, for each candidate", 0, 10 ** 7, "steps")
     finetune_lr: float = knob(1e-3, "finetune adapt", "first learning rate, cosine to 1e-7", 1e-12, 1e30)
-    pick: str = knob("near-best", "finetune", "of these candidates: best (PSNR, II-C), fastest (III-A), or "
+    pick: str = knob("near-best", "finetune", "which candidate: best (PSNR, II-C), fastest (III-A), or "
                      "near-best, the fastest within 0.1 dB of best", choices=("near-best", "best", "fastest"))
     test: tuple = knob((), "evaluate adapt control", "a further test set, folder or list; repeatable")
-    controls: int = knob(3, "control", "random configurations among them", 0, 999)
+    controls: int = knob(3, "control", "how many of them are random configurations", 0, 999)
     control_scratch: bool = knob(False, "control", "train some from scratch even if --weights gave the base")
 
 
@@ -221,16 +220,15 @@ def check(config):
             if least is not None and not least <= v <= most:
                 bound = f"at least {least}" if v < least else f"at most {most}"
                 raise InputError(f"{flag(field.name)} {shown(value)} must be {bound}")
-    if len(config.enc) != len(config.dec):
-        raise InputError(f"--enc has {len(config.enc)} stages, --dec {len(config.dec)}: give as many of each")
-    if len(config.enc) > 6:
-        raise InputError(f"--enc has {len(config.enc)} stages: give at most 6, as each halves the picture")
+    enc, dec = len(config.enc), len(config.dec)
+    if enc != dec or enc > 6:                     # each halves the picture
+        raise InputError(f"--enc has {enc} stages, --dec {dec}: give as many of each, at most 6")
     if not config.data and config.crop > config.made_size:
         raise InputError(f"--crop {config.crop} is larger than --made-size {config.made_size}")
     made = 6 * (config.made_train + 2 * config.made_test) * config.made_size ** 2
     step = config.width * config.batch * config.crop ** 2
     for what, size, most in (
-            ("--width, doubled at each stage of --enc, comes to", config.width * 2 ** len(config.enc), 8192),
+            ("--width, doubled at each stage of --enc, comes to", config.width * 2 ** enc, 8192),
             ("--width x --batch x --crop squared is", step, 2 ** 31),
             ("--width x --frame is", config.width * math.prod(config.frame), 2 ** 29),
             ("6 bytes x --made-size squared x (--made-train + 2 --made-test) is", made, 2 ** 34)):
@@ -326,10 +324,7 @@ def whole_batch(share, batch):
 
 @contextlib.contextmanager
 def joined(device):
-    """With the other ranks, if torchrun started any -> this one's device. Rank 0 alone prints.
-
-    gloo on CPU, nccl besides on GPUs. The limit of a day: ranks wait while rank 0 profiles a phone.
-    """
+    """Connected to the other ranks, if torchrun started any -> this one's device. Rank 0 alone prints."""
     size = os.environ.get("WORLD_SIZE", "1")
     if not size.isdigit():
         raise InputError(f"WORLD_SIZE={size} is no number: start with torchrun")
@@ -339,7 +334,7 @@ def joined(device):
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
+    try:                                          # ranks wait while rank 0 profiles a phone: a day at most
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the other ranks cannot be reached ({first_line(error)}): use torchrun") from None
@@ -360,7 +355,7 @@ def joined(device):
 # ---------------------------------------------------------------------------------------- the store
 
 def digest(value, crc=0):
-    """CRC-32 of plain values and tensors, whatever file they come from; a tuple is a list."""
+    """CRC-32 of plain values and tensors, whatever file they come from; a tuple counts as a list."""
     if isinstance(value, dict):
         value = [part for item in value.items() for part in item]
     if isinstance(value, (list, tuple)):
@@ -401,7 +396,7 @@ def writable(out):
 def read_file(path, remedy):
     """What a JSON or torch file holds: tensors and plain values, never code. InputError if damaged."""
     if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
-        raise InputError(f"{path} is no file that can be read whole: {remedy}")       # a pipe, say
+        raise InputError(f"{path} is not a regular file: {remedy}")    # a pipe, say, would be waited for
     try:
         if path.suffix == ".json":
             return json.loads(path.read_text())
@@ -435,7 +430,7 @@ GOES_ON = ("evaluations", "candidates", "max_ms", "max_loss_db")
 
 
 def loaded(path, head, remedy=None):
-    """What `saved` wrote to `path`, found whole, and fit for as much as `head` says of it.
+    """What `saved` wrote to `path`, checked to be whole and to match as much of a header as `head` has.
 
     InputError where it is damaged, of another stage, or made with other flags; Stale where it was made from
     other inputs or options, or only flags of GOES_ON differ.
@@ -508,9 +503,9 @@ def refuse_divergence(label, state, hint):
 def keeper(job, file, label, steps, state=None, joint=False, every_s=120.0):
     """A function each(step, losses, make) for `blocks.minimise`: shows progress, keeps its state in out/FILE.
 
-    state: what the loop goes on from, if anything. It saves every `every_s` seconds, sooner where that takes
-    no more than a fiftieth of the time, and after the last step; rank 0's clock decides. joint: every rank
-    trains a part of its own (distillation), all are kept in one file, and one that diverges ends nothing.
+    state: what the loop goes on from, if anything. It saves every `every_s` seconds by rank 0's clock, sooner
+    where that takes no more than a fiftieth of the time, and after the last step. joint: every rank trains a
+    part of its own (distillation), all are kept in one file, and one that diverges ends nothing.
     """
     path, kept = job.out / file, state["step"] if state else 0
     tick, kept_at, wait = progress(label, steps, kept), time.monotonic(), 0.0
@@ -521,10 +516,10 @@ def keeper(job, file, label, steps, state=None, joint=False, every_s=120.0):
         started = time.monotonic()
         if not anywhere(rank() == 0 and (step == steps or started - kept_at >= wait)):
             return
-        state = merged(gather(make())) if joint else rank() == 0 and make()
+        reached = merged(gather(make())) if joint else rank() == 0 and make()
         good = f"; the last good checkpoint is {path}, of step {kept}: delete it to start over"
-        first(lambda: joint or refuse_divergence(label, state, good))
-        first(lambda: saved(path, state, job.head))
+        first(lambda: joint or refuse_divergence(label, reached, good))
+        first(lambda: saved(path, reached, job.head))
         kept, kept_at = step, time.monotonic()
         wait = min(every_s, 50 * (kept_at - started))
 
@@ -590,16 +585,13 @@ def leaf_colour(palette, rng):
 
 
 def leaf_fill(height, width, palette, textures, contrast, rng):
-    """A patch (height, width, 3) of 8 bits: one colour, a linear ramp of light, a crop of a texture.
-
-    The ramp is zero at half the scene's side from the patch's corner, so that many small patches saturate:
-    the deep shadows and highlights that photographs have.
-    """
+    """A patch (height, width, 3) of 8 bits: one colour, a linear ramp of light, a crop of a texture."""
     colour = leaf_colour(palette, rng)
     texture = textures[rng.integers(len(textures))]
     top = rng.integers(0, texture.shape[0] - height + 1)
     left = rng.integers(0, texture.shape[1] - width + 1)
     texture = texture[top:top + height, left:left + width] * rng.exponential(contrast)
+    # The ramp is zero at half the scene's side, so that many small patches saturate as photographs do.
     slope, middle = rng.normal(0, 0.25, 2) / (height, width), textures[0].shape[0] / 2
     ramp = np.add.outer(slope[0] * (np.arange(height) - middle), slope[1] * (np.arange(width) - middle))
     shade = np.clip(colour * (1 + ramp + texture)[..., None], 0, 1)
@@ -637,7 +629,7 @@ def dead_leaves(size, rng):
 def camera_path(frames, length, rng):
     """(frames, 4) of x, y (pixels), rotation (rad), zoom around their mean: a shaking hand.
 
-    A random walk of the velocity with inertia and rare jerks, after Boracchi & Foi 2012, that reaches over
+    The velocity walks at random, with inertia and rare jerks (after Boracchi & Foi 2012). The path spans
     `length` pixels, turns by at most 1.5 degrees and zooms by at most 1.5 %.
     """
     inertia, velocity, path = rng.uniform(0.7, 0.98), rng.standard_normal(4), []
@@ -739,7 +731,7 @@ def photo(path, use):
     """use(PIL image of the file at `path`); InputError naming the file where it cannot be read."""
     try:
         if Path(path).exists() and not Path(path).is_file():
-            raise ValueError("it is no file")     # a pipe, say, which would be waited for
+            raise ValueError("not a regular file")        # a pipe, say, would be waited for
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             return use(image)
     except Exception as error:                    # Pillow raises many kinds on damaged files
@@ -747,7 +739,7 @@ def photo(path, use):
 
 
 def eight_bits(image):
-    """A PIL image of numbers, 16 or 32 bits or float, as grey of 8 bits.
+    """A PIL image of 16 or 32 bits or of floats -> 8-bit grey.
 
     White is 65535 where pixels have 16 bits, else the first of 1, 255 and 65535 that all but a fiftieth of
     the pixels stay below: highlights may exceed it by far, and sharpened edges a little.
@@ -781,29 +773,25 @@ def load_pair(pair):
     sharp = load_image(pair[0])
     blur = sharp if pair[1] == pair[0] else load_image(pair[1])
     if sharp.shape != blur.shape:
-        raise InputError(f"{pair[1]} is {size_of(blur)} but {pair[0]} is {size_of(sharp)}: "
-                         "pairs must be of one size")
+        raise InputError(f"{pair[1]} is {size_of(blur)}, {pair[0]} {size_of(sharp)}: sizes must agree")
     return sharp, blur
 
 
 def sized_pairs(pairs, smallest, use):
-    """The pairs, once every file's header is read: both of one size, and no side below `smallest` pixels."""
+    """The pairs, by their headers found to be of one size each, with no side below `smallest` pixels."""
     upright = lambda image: image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
     for sharp, blur in pairs:
         (width, height), other = photo(sharp, upright), photo(blur, upright)
         if (width, height) != other:
-            raise InputError(f"{blur} is {other[0]}x{other[1]} but {sharp} is {width}x{height}: "
-                             "pairs must be of one size")
+            raise InputError(f"{blur} is {other[0]}x{other[1]}, {sharp} {width}x{height}: sizes must agree")
         if min(width, height) < smallest:
-            raise InputError(f"{sharp} is {width}x{height}, too small to be {use}: "
-                             f"at least {smallest} pixels a side")
+            raise InputError(f"{sharp} is {width}x{height}, too small to be {use}: {smallest} is the least")
     return pairs
 
 
 def images_in(folder):
-    """The image files of a folder, in any case of extension; hidden files and other files are no images."""
-    return [f for f in folder.iterdir()
-            if f.suffix.lower() in IMAGES and not f.name.startswith(".") and f.is_file()]
+    """The image files of a folder, whatever the case of their extensions; hidden files do not count."""
+    return [f for f in folder.iterdir() if f.suffix.lower() in IMAGES and f.name[0] != "." and f.is_file()]
 
 
 def by_name(folder):
@@ -812,7 +800,7 @@ def by_name(folder):
     names = {re.sub(prefix, "", f.stem, flags=re.IGNORECASE): f for f in files}
     if len(names) < len(files):
         twice = next(f for f in files if f not in names.values())
-        raise InputError(f"{twice} has the name of another image there but for its extension: remove one")
+        raise InputError(f"{twice} differs from another image there by its extension only: remove one")
     return names
 
 
@@ -859,16 +847,13 @@ def pairs_below(root):
 
 
 def split_root(path, split):
-    """The file or folder in `path` that holds a split; None if there is none."""
+    """The file or folder in `path` that holds a split (SPLIT_c: DPDD's); None if there is none."""
     names = (f"{split}.txt", split, f"{split}_c")
     return next((path / name for name in names if (path / name).exists()), None)
 
 
 def list_pairs(path, split):
-    """[(sharp path, blur path), ...] of a split, sorted; pairs match by name, see `pairs_below`.
-
-    `path` is a text file of pairs, or a folder of split.txt (such a file), else split/, else split_c/ (DPDD).
-    """
+    """Sorted [(sharp path, blur path), ...] of a split; `path`: a text file of pairs, or see `split_root`."""
     path = Path(path)
     root = path if path.is_file() else split_root(path, split)
     if root is None:
@@ -884,7 +869,7 @@ def named_pairs(config):
             raise InputError(f"--test {name}={path}: there is no such folder or list")
         root = split_root(path, "test") if path.is_dir() else path
         if root is None and split_root(path, "train"):
-            raise InputError(f"--test {name}={path} has a train split but no test split: say what to score")
+            raise InputError(f"--test {name}={path} has a train split but no test split: give the set itself")
         sets[name] = sized_pairs(pairs_below(root or path), 11, "scored")
     return sets
 
@@ -912,7 +897,7 @@ def carved(pairs, most, seed):
     """
     scenes = scenes_of(pairs)
     if len(scenes) < 2:
-        raise InputError(f"{pairs[0][0]}: the training pairs show one scene; at least 2, one to validate on")
+        raise InputError(f"{pairs[0][0]}: training pairs show one scene; at least 2 are needed, to validate")
     largest = max(scenes, key=lambda scene: len(scenes[scene]))
     others = [scene for scene in scenes if scene != largest]
     order = np.random.default_rng([seed, 3]).permutation(len(others))
@@ -953,10 +938,9 @@ def validation_words(config):
 
 
 def training_pairs(config, split="train"):
-    """What a run trains on: train, or, where that is a few photographs, train and made pairs by halves.
+    """Train, or where that is a few photographs, train and made pairs by halves; adaptation keeps to train.
 
-    400 steps on crops of one scene alone scored 9 dB below the blurred input on another scene, by halves with
-    made pairs above it. Adaptation keeps to train.
+    400 steps on one scene alone scored 9 dB below the blurred input on another scene, by halves above it.
     """
     own = split_pairs(config, split)
     if not config.data or config.from_ or len(own) >= config.few:
@@ -994,9 +978,8 @@ def random_crops(pairs, seed, crop, batch, share, read, step):
 def crops(pairs, seed, crop, batch, workers=0, share=(0, 1)):
     """A function step -> (blur, sharp), each uint8 (batch, 3, crop, crop): random places, flips and turns.
 
-    A pure function of (seed, step), so a loop resumed at any step continues bit for bit, and `workers`
-    processes may decode ahead. share (rank, ranks): only the images rank, rank + ranks, .. of the batch are
-    decoded and returned.
+    A pure function of (seed, step), so a loop resumed at any step continues bit for bit. workers: processes
+    that decode ahead. share (rank, ranks): which images of the batch it is to be, rank, rank + ranks, ..
     """
     if batch < share[1]:
         raise InputError(f"--batch {batch} is too small for {share[1]} ranks: give at least as many crops")
@@ -1199,8 +1182,7 @@ def stage_base(job):
 def stage_saliency(job, base):
     """Section II-A, table 1: six measures on one minibatch, and the stage that stays."""
     config, net = job.config, base_net(base, job.device)
-    # The Hessian product takes 2.4 GiB for each 256x256 crop at width 32: 16 fit one GPU, 64 do not. In the
-    # demo one draw of 16 made another stage critical than draws of 24 to 48 did.
+    # 256x256 crops take 2.4 GiB each at width 32; of small ones, a draw of 16 misjudged the critical stage.
     count = 16 if config.crop > 128 else 32
     batch = crops(job.pairs("train"), config.seed + 1, config.crop, count)(0)
     loss = functools.partial(blocks.psnr_loss, cap_db=config.cap_db)
@@ -1230,9 +1212,8 @@ def at_frame(image, frame):
 
 def calibration(job):
     """A function () -> blurred training images at the profiled size, to quantise with; read if asked for."""
-    config = job.config
-    return functools.cache(lambda: [at_frame(load_pair(pair)[1], config.frame)
-                                    for pair in spread(job.pairs("train"), config.calibration)])
+    return functools.cache(lambda: [at_frame(load_pair(pair)[1], job.config.frame)
+                                    for pair in spread(job.pairs("train"), job.config.calibration)])
 
 
 def judged(job, net, images, count=4):
@@ -1330,15 +1311,6 @@ def swap_effects(evaluation, scored, sites, profile):
             "saved_ms": {sites[i]: ms(options) - ms(evaluation.options) for i, options in back.items()}}
 
 
-def kept_scores(job):
-    """({options: loss_db}, how many of them, first in order, a search proposed), finished or not."""
-    head = {**job.head, "config": {k: v for k, v in job.head["config"].items() if k not in GOES_ON}}
-    job = job._replace(head=head)
-    found = resumed(job, "search.part", "proposed") or resumed(job, "search.json", "proposed")
-    found = found or {"evaluations": [], "proposed": 0}
-    return {tuple(row["options"]): row["loss_db"] for row in found["evaluations"]}, found["proposed"]
-
-
 def score_new(score, scored, keep, proposals):
     """[dB lost by each proposal]; what is not in `scored` is added, scored by one rank each, and kept."""
     new = [options for options in proposals if options not in scored]
@@ -1351,10 +1323,9 @@ def score_new(score, scored, keep, proposals):
 
 
 def useful(front, losses, gain_db, limits=(math.inf, math.inf)):
-    """The positions of `front` whose loss in dB is less than what the base net gains over the blurred input.
+    """The positions of `front` that lose less dB than the base net gains over the input, which takes no time.
 
-    A net that loses as much is worth nothing, as the input takes no time. All, where the base gains nothing,
-    or where limits (see `wished`) say what is wanted.
+    All, where the base gains nothing, or where limits (see `wished`) say what is wanted.
     """
     return [i for i in front if losses[i] < gain_db or gain_db <= 0 or any(map(math.isfinite, limits))]
 
@@ -1398,8 +1369,7 @@ def refuse_wish(config, rows):
 def with_swaps_back(history, candidates, score_all, penalty):
     """The history and, scored too, what takes one swap of a candidate back -> (all, front, candidates).
 
-    candidates(history): the front and candidates, positions in history. One that is scored so may become a
-    candidate itself, whose swaps are then taken back.
+    candidates(history): positions of both in it. What is scored so may become a candidate itself, and so on.
     """
     while True:
         front, knee = candidates(history)
@@ -1413,14 +1383,17 @@ def with_swaps_back(history, candidates, score_all, penalty):
 
 def searched(job, score, penalty):
     """The search, from where it was left -> (history, {options: loss_db} of all scored so far, score_all)."""
-    config, (scored, begun) = job.config, kept_scores(job)
-    proposed = list(scored)[:min(begun, config.evaluations)]
+    config = job.config
+    fixed = {k: v for k, v in job.head["config"].items() if k not in GOES_ON}
+    before = job._replace(head={**job.head, "config": fixed})          # with fewer evaluations, say
+    found = resumed(before, "search.part", "proposed") or resumed(before, "search.json", "proposed") or {}
+    scored = {tuple(row["options"]): row["loss_db"] for row in found.get("evaluations", [])}
+    proposed = list(scored)[:min(found.get("proposed", 0), config.evaluations)]
     history = [search.evaluated(options, scored[options], penalty) for options in proposed]
     tick = progress("search", config.evaluations, len(history))
 
     def keep():                                   # proposals first; what else is known is not scored twice
-        rows = [{"options": list(options), "loss_db": scored[options]}
-                for options in dict.fromkeys([*proposed, *scored])]
+        rows = [{"options": list(o), "loss_db": scored[o]} for o in dict.fromkeys([*proposed, *scored])]
         found = {"evaluations": rows, "proposed": len(proposed)}
         first(lambda: saved(job.out / "search.part", found, job.head))
 
@@ -1474,9 +1447,8 @@ def picked(candidates, pick):
 def stage_finetune(job, base, distill, search):
     """Section II-C: candidates of the knee region, trained on all pairs; one is picked.
 
-    In the demo 200 steps from 5e-4 leave eight ReluBN blocks (1.3x) .17 dB below the base on test, 400 .05,
-    from 1e-3 .03: so two candidates in place of three. No gain: twice the batch in half the steps, betas of
-    .9 .99, averaged weights, statistics of batch norm re-estimated.
+    In the demo eight ReluBN blocks (1.3x) end .17 dB below the base after 200 steps from 5e-4, .05 after 400,
+    .03 from 1e-3. No gain by twice the batch, betas of .9 .99, averaged weights, new batch norm statistics.
     """
     config, net, sites = job.config, base_net(base, job.device), search["sites"]
     surrogates, tuned, rows = trained_surrogates(net, distill, config.seed), [], []
