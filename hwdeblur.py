@@ -1394,8 +1394,8 @@ def searched(job, score, penalty):
 
     def keep():                                   # proposals first; what else is known is not scored twice
         rows = [{"options": list(o), "loss_db": scored[o]} for o in dict.fromkeys([*proposed, *scored])]
-        found = {"evaluations": rows, "proposed": len(proposed)}
-        first(lambda: saved(job.out / "search.part", found, job.head))
+        part = {"evaluations": rows, "proposed": len(proposed)}
+        first(lambda: saved(job.out / "search.part", part, job.head))
 
     def each(history):
         proposed[:] = [e.options for e in history]
