@@ -50,15 +50,22 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
-from scipy.ndimage import correlate1d, gaussian_filter
-from scipy.stats import bootstrap, kendalltau
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+    from scipy.ndimage import correlate1d, gaussian_filter
+    from scipy.stats import bootstrap, kendalltau
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.utils.data import DataLoader
+except ImportError as error:                      # an old Python has no such packages
+    if __name__ != "__main__":
+        raise
+    print(f"hwdeblur: {error} (Python {platform.python_version()}): with Python 3.11 or newer, "
+          "pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 import blocks
 import profile_device
@@ -724,7 +731,16 @@ def made_pairs(seed, split, count, size):
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 FOLDERS = (("blur", "sharp"), ("blur", "gt"), ("input", "target"), ("inputC", "target"), ("source", "target"))
-Image.MAX_IMAGE_PIXELS = 2 ** 28               # Pillow refuses images of more than twice as many
+
+
+@contextlib.contextmanager
+def up_to(pixels):
+    """Pillow refuses images of more than this; by itself it takes one of 200 megapixels for an attack."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels // 2        # it refuses twice the limit
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def photo(path, use):
@@ -732,7 +748,7 @@ def photo(path, use):
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError("not a regular file")        # a pipe, say, would be waited for
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), up_to(2 ** 29), Image.open(path) as image:
             return use(image)
     except Exception as error:                    # Pillow raises many kinds on damaged files
         raise InputError(f"cannot read image {path} ({first_line(error)}): replace or remove it") from None

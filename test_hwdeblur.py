@@ -3331,6 +3331,11 @@ class Project(unittest.TestCase):
                 self.assertEqual(done.returncode, 0, done.stderr)
                 self.assertIn("convolution" if args else "NAFBlock", done.stdout)
 
+    def test_without_the_packages_there_is_one_line(self):
+        done = subprocess.run([sys.executable, "-S", HERE / "hwdeblur.py"], capture_output=True, text=True)
+        self.assertEqual((done.returncode, len(done.stderr.splitlines())), (2, 1), done.stderr)
+        self.assertIn("requirements.txt", done.stderr)
+
     def test_lines_can_be_read_and_functions_stand_below_what_they_call(self):
         for name in ("blocks.py", "search.py", "profile_device.py", "hwdeblur.py", "test_hwdeblur.py"):
             text = (HERE / name).read_text()
