@@ -1841,8 +1841,9 @@ def stage_control(job, base, saliency, profile, distill, search, finetune):
         plan = control_plan(job, base, saliency, profile, distill, search, finetune)
         plan = first(lambda: plan)                # rank 0's: machines may round differently
         first(lambda: saved(job.out / "control.plan.part", plan, job.head))
-    job = job._replace(head={**job.head, "inputs": {**job.head["inputs"], "the plan": digest(plan)}})
-    made = control_nets(job, plan["controls"], base, distill, finetune)
+    inputs = {**job.head["inputs"], "the plan": digest(plan["controls"])}
+    made = control_nets(job._replace(head={**job.head, "inputs": inputs}), plan["controls"], base, distill,
+                        finetune)
     nets = deployed_nets(job, {name: net for name, (net, _) in made.items()})[0]
     ms, where, _ = first(lambda: time_whole(job, profile, nets))
     sets = {"test": job.pairs("test"), **named_pairs(job.config)}
