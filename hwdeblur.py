@@ -1501,11 +1501,7 @@ def stage_adapt(job):
 
 
 def random_nets(sites, base, count, rng):
-    """{options as text: (choice, net)} of `count` random configurations on the deployed base net.
-
-    sites {site: one entry per option}. Put together from blocks that are deployed once, untrained: no time
-    depends on the weights.
-    """
+    """{options as text: (choice, net)} of `count` random configurations, untrained, on the deployed base."""
     surrogates = {site: {k: blocks.deploy(blocks.new_surrogate(base, site, k, 0))
                          for k in range(1, len(row))} for site, row in sites.items()}
     choices = [choice_of(sites, rng.integers(0, [len(row) for row in sites.values()])) for _ in range(count)]
@@ -1515,8 +1511,7 @@ def random_nets(sites, base, count, rng):
 def time_nets(entries, device="cpu", rounds=30):
     """Whole nets {name: (deployed net, shape)} -> ({name: ms}, Kendall's tau of two halves of the rounds).
 
-    Each half is measured in a process of its own. What does not repeat itself, no prediction can tell:
-    tau (without the net "base") bounds what the sums can reach.
+    Each half has a process of its own. Their tau, without the net "base", bounds what the sums can reach.
     """
     halves = [profile_device.alone(profile_device.time_together, entries, device, rounds // 2, warmup=1,
                                    calls=1) for _ in range(2)]
@@ -1527,13 +1522,11 @@ def time_nets(entries, device="cpu", rounds=30):
 
 
 def sums(table, choices, measured, where):
-    """Predicted against measured ms of the nets that were measured, on `where`.
+    """Predicted against measured ms of the nets {name: choice} that were measured, {name: ms or None}.
 
-    choices {name: choice}, measured {name: ms or None}. Returns {rows, drift, measured_on, tau: Kendall's,
-    None below three nets, mean_relative_error and error_as_profiled, None without a measurement}. drift: how
-    much slower the base net was than when the table was made; predicted_ms of the rows is the table's sum
-    times it, error_as_profiled the error without it. The base net, right by construction, has a row but no
-    part in tau and errors.
+    drift: how much slower the base net was than when the table was made; predicted_ms is the table's sum
+    times it, error_as_profiled the error without it. The base net, right by construction, has a row, but no
+    part in the errors and in Kendall's tau.
     """
     known = {name: measured[name] for name in choices if measured[name] is not None}
     drift = known["base"] / table["base_ms"] if "base" in known and table["base_ms"] else 1.0
@@ -1546,21 +1539,23 @@ def sums(table, choices, measured, where):
             "mean_relative_error": error(1.0), "error_as_profiled": error(drift)}
 
 
-def time_whole(job, table, nets):
-    """Latency of whole nets {name: deployed net}, taken together -> ({name: ms or None}, where, more).
+WHERE = ("device", "runtime", "precision", "hub options", "threads", "statistic", "date")      # of latency
 
-    On the target of latency table `table`. more: repeat_tau as `time_nets` has it, locally; hub, {name:
-    result of `profile_device.profile_hub`}, for which base and chosen net restore pictures as well.
+
+def time_whole(job, table, nets):
+    """Latency of whole nets {name: deployed net}, where `table` is from -> ({name: ms or None}, where, more).
+
+    more: repeat_tau as `time_nets` has it; on a phone also hub, {name: result of
+    `profile_device.profile_hub`}, where base and chosen net restore pictures as well.
     """
     config, shape = job.config, (1, 3, *job.config.frame)
     where = {key: table[key] for key in (*WHERE, "frame") if key in table}
-    if config.target == "local":
-        where.update(profile_device.machine(job.device))
-        say(f"timing {len(nets)} whole nets ...")
-        measured, repeat_tau = time_nets({name: (net, shape) for name, net in nets.items()}, job.device)
-        return measured, where, {"repeat_tau": repeat_tau}
     if config.target == "paper":
         return dict.fromkeys(nets), where, {"repeat_tau": None}
+    if config.target == "local":
+        say(f"timing {len(nets)} whole nets ...")
+        measured, repeat_tau = time_nets({name: (net, shape) for name, net in nets.items()}, job.device)
+        return measured, {**where, **profile_device.machine(job.device)}, {"repeat_tau": repeat_tau}
     images = calibration(job)
     entries = {name: (copy.deepcopy(net).cpu(), shape, judged(job, net, images)
                       if name in ("base", "chosen") else profile_device.Data(images))
@@ -1571,21 +1566,18 @@ def time_whole(job, table, nets):
     return {name: result["ms"] for name, result in found.items()}, where, {"repeat_tau": None, "hub": found}
 
 
-FLOAT16 = 65504                                   # what is larger is infinite there
+FLOAT16 = 65504                                   # its largest number
 
 
 def within_float16(net, pairs, device):
-    """(the deployed net, [what a device that computes in float16 cannot hold, in words]), by running it here.
-
-    Where a sum in a layer norm is too large, all of them divide first, which changes no result.
-    """
+    """(the deployed net, [what float16 cannot hold of what it computes, in words]), by running it here."""
     images = [as_batch([load_pair(pair)[1]], device) for pair in pairs]
     beyond = lambda net: {name: size for name, size in blocks.magnitudes(net, images).items()
                           if size > FLOAT16}
     deployed, lines = blocks.deploy(net), []
     large = beyond(deployed)
     norms = {name: size for name, size in large.items() if "in layer norm" in name and math.isfinite(size)}
-    if norms:
+    if norms:                                     # all layer norms divide first, which changes no result
         ratios = [(size / FLOAT16) ** (0.5 if "squares" in name else 1) for name, size in norms.items()]
         divisor = 2 ** math.ceil(math.log2(max(ratios)))
         deployed, name = blocks.deploy(net, divisor), max(norms, key=norms.get)
@@ -1595,29 +1587,25 @@ def within_float16(net, pairs, device):
                               "device that computes in it" for name, size in large.items()]
 
 
-def deployed_nets(job, nets):
-    """({name: deployed net}, {name: [remarks on float16]}); remarks where a phone is to run them."""
+def deployed_net(job, name, net):
+    """(the deployed net, [remarks on float16, where a phone is to run it])."""
     if job.config.target != "qai-hub":
-        return {name: blocks.deploy(net) for name, net in nets.items()}, {name: [] for name in nets}
-    found = {name: within_float16(net, job.pairs("val"), job.device) for name, net in nets.items()}
-    for name, (_, lines) in found.items():
-        for line in lines:
-            say(f"{name}: {line}")
-    return tuple({name: pair[i] for name, pair in found.items()} for i in (0, 1))
+        return blocks.deploy(net), []
+    deployed, lines = within_float16(net, job.pairs("val"), job.device)
+    for line in lines:
+        say(f"{name}: {line}")
+    return deployed, lines
 
 
 def measure_nets(job, table, nets, choices, count=30):
-    """`time_whole` of {name: deployed net} and {name: choice} -> ({name: ms or None}, their sums).
+    """`time_whole` of {name: deployed net} -> ({name: ms or None}, `sums` of those of known {name: choice}).
 
-    Locally `count` random configurations are timed in the same rounds, so that the sums say how well the
-    profiled blocks predict nets in general, whatever the machine's speed is by now. A net without a choice
-    has a time, but no sum.
+    Locally `count` random configurations are timed as well: do the sums hold for nets in general?
     """
     if job.config.target == "local":
         rng = np.random.default_rng([job.config.seed, 5])
-        drawn = random_nets(table["sites"], nets["base"], count, rng)
-        choices = {**choices, **{name: choice for name, (choice, _) in drawn.items()}}
-        nets = {**nets, **{name: net for name, (_, net) in drawn.items()}}
+        for name, (choice, net) in random_nets(table["sites"], nets["base"], count, rng).items():
+            choices, nets = {**choices, name: choice}, {**nets, name: net}
     measured, where, more = time_whole(job, table, nets)
     return measured, {**sums(table, choices, measured, where), **more}
 
@@ -1631,39 +1619,41 @@ def sizes(net, frame):
 
 def stage_evaluate(job, base, profile, finetune):
     """Section III: blurred input, base and chosen net on test pairs; sizes; whole-net latency."""
-    config, sets, window = job.config, named_pairs(job.config), base["arch"]["window"]
+    config, window = job.config, base["arch"]["window"]
+    sets = {"test": job.pairs("test"), **named_pairs(config)}
     nets = {"base": base_net(base, job.device), "chosen": chosen_net(finetune, job.device)}
-    nets, notes = deployed_nets(job, nets)
-    choices, reach = {"base": {}, "chosen": finetune["choice"]}, {}
-    if window:                                    # what the local window costs is told
-        reach = {"global attention": copy.deepcopy(nets["base"])}
-        blocks.set_window(reach["global attention"], None)
-    measured, sums = measure_nets(job, profile, {**nets, **reach}, choices)
-    own = score_nets(nets, job.pairs("test"), job.device, "test")
+    deployed = {name: deployed_net(job, name, net) for name, net in nets.items()}
+    nets = {name: net for name, (net, _) in deployed.items()}
+    choices, timed = {"base": {}, "chosen": finetune["choice"]}, dict(nets)
+    if window:                                    # the report tells what the local window costs
+        timed["global attention"] = copy.deepcopy(nets["base"])
+        blocks.set_window(timed["global attention"], None)
+    measured, sums = measure_nets(job, profile, timed, choices)
+    scores = {name: score_nets(nets, pairs, job.device, name) for name, pairs in sets.items()}
+    own = scores.pop("test")
     rows = {name: {**own[name], **sizes(net, config.frame), "latency_ms": measured[name],
                    "predicted_ms": sums["drift"] * profile_device.network_ms(profile, choices[name]),
-                   "float16": notes[name]}
+                   "float16": deployed[name][1]}
             for name, net in nets.items()}
-    tests = {name: score_nets(nets, test, job.device, name) for name, test in sets.items()}
-    return {"test_pairs": own["pairs"], "blurred": own["blurred"], **rows, "tests": tests, "sums": sums,
+    return {"test_pairs": own["pairs"], "blurred": own["blurred"], **rows, "tests": scores, "sums": sums,
             "protocol": protocol(window), "window": window, "global_ms": measured.get("global attention")}
 
 
 # ---------------------------------------------------------------------------------------- controls
 
-def least_salient(scores):
-    """All blocks, the least salient first: by their mean rank over the measures."""
-    single = {measure: {site.replace(".", "-"): value for site, value in by_site.items()}
-              for measure, by_site in scores.items()}                  # to `mean_ranks`, stages of one block
+def least_salient(saliency):
+    """All blocks, the least salient first, by their mean rank over {measure: {block: saliency}}."""
+    single = {measure: {block.replace(".", "-"): value for block, value in by_block.items()}
+              for measure, by_block in saliency.items()}               # to `mean_ranks`, stages of one block
     ranks = blocks.mean_ranks(single)
-    return [site.replace("-", ".") for site in sorted(ranks, key=ranks.get, reverse=True)]
+    return [block.replace("-", ".") for block in sorted(ranks, key=ranks.get, reverse=True)]
 
 
 def as_fast(job, profile, arch, net, chosen, order):
     """The width, and the blocks of `order` to leave out, that bring the base net to the latency of `chosen`.
 
-    chosen {"chosen": deployed net}. Measured, locally all in one go, on a phone by bisection, as every net is
-    a job there; GMACs where the target measures no nets. None where none is as fast.
+    chosen {"chosen": deployed net}. Measured: locally all in one go; on a phone by bisection, as every net is
+    a job there. GMACs where the target measures no nets; None where none is as fast.
     """
     widths = {f"width {width}": width for width in range(2, arch["width"] + 1, 2)}
     fewer = {f"without {n} blocks": order[:n] for n in range(len(order), -1, -1)}
@@ -1674,33 +1664,31 @@ def as_fast(job, profile, arch, net, chosen, order):
     cost = timed([] if job.config.target == "qai-hub" else nets)
     if cost["chosen"] is None:
         cost = {name: sizes(net, job.config.frame)["gmacs"] for name, net in {**chosen, **nets}.items()}
-    if len(cost) > 1:
-        found = [max((name for name in names if cost[name] <= cost["chosen"]), key=cost.get, default=None)
-                 for names in (widths, fewer)]
-    else:
+
+    def slowest(names):                           # no slower than the chosen net; names: the fastest first
+        if len(cost) > 1:
+            return max((n for n in names if cost[n] <= cost["chosen"]), key=cost.get, default=None)
         ms = lambda name: math.inf if (found := timed([name])[name]) is None else found
-        found = [[None, *names][bisect.bisect_right(list(names), cost["chosen"], key=ms)]
-                 for names in (widths, fewer)]
-    return widths.get(found[0]), fewer.get(found[1])
+        return [None, *names][bisect.bisect_right(list(names), cost["chosen"], key=ms)]
+
+    return widths.get(slowest(widths)), fewer.get(slowest(fewer))
 
 
 def configurations(config, penalty, chosen, score_all):
     """{name: options, None where there are none} of the controls of the chosen options' predicted latency.
 
-    score_all([options, ...]) -> dB lost by each, plug and play: asked for single swaps, and for every option
-    everywhere that is no slower.
+    score_all([options, ...]) -> dB lost by each, plug and play.
     """
-    limit, options = search.total_penalty(penalty, chosen) + 1e-9, search.available(penalty)
-    base = tuple(int(numbers[0]) for numbers in options)
-    swaps = list(dict.fromkeys(search.neighbours([base], options)))
-    loss_db = dict(zip(swaps, score_all(swaps)))
-    losses = [[loss_db.get(base[:i] + (k,) + base[i + 1:], math.inf) for k in range(len(p))]
+    limit, base = search.total_penalty(penalty, chosen) + 1e-9, (0,) * len(penalty)
+    swaps = list(dict.fromkeys(search.neighbours([base], search.available(penalty))))
+    lost = dict(zip(swaps, score_all(swaps)))
+    losses = [[lost.get(base[:i] + (k,) + base[i + 1:], math.inf) for k in range(len(p))]
               for i, p in enumerate(penalty)]
-    alike = [(k,) * len(penalty) for k in range(1, len(penalty[0]))]
-    alike = [same for same in alike if search.total_penalty(penalty, same) <= limit]
+    uniform = [(k,) * len(penalty) for k in range(1, len(penalty[0]))]
+    uniform = [options for options in uniform if search.total_penalty(penalty, options) <= limit]
     drawn = search.random_at(penalty, limit, config.controls + 1, np.random.default_rng([config.seed, 6]))
     drawn = [options for options in drawn if options != chosen] + [None] * config.controls
-    return {"one option everywhere": min(zip(score_all(alike), alike), default=(0, None))[1],
+    return {"one option everywhere": min(zip(score_all(uniform), uniform), default=(0, None))[1],
             "budgeted sum": search.budgeted(losses, penalty, limit),
             **{f"random {n + 1}": drawn[n] for n in range(config.controls)}}
 
@@ -1708,7 +1696,7 @@ def configurations(config, penalty, chosen, score_all):
 def control_plan(job, base, saliency, profile, distill, found, finetune):
     """{"controls": [...], "single_swaps": how many were scored for one of them, "planned": a word}.
 
-    A control: {name; choice {site: option}; width or None; scratch: trained from there; missing: why, or ""}.
+    A control: {name; choice; width or None; scratch: whether trained from scratch; missing: why, or ""}.
     """
     config, sites, net = job.config, saliency["sites"], base_net(base, job.device)
     penalty = search.penalties(profile, sites, distill["diverged"])
@@ -1716,8 +1704,8 @@ def control_plan(job, base, saliency, profile, distill, found, finetune):
     scored = {tuple(row["options"]): row["loss_db"] for row in found["evaluations"]}
     _, score = scorer(net, trained_surrogates(net, distill, config.seed), sites, val, job.device)
     score_all = functools.partial(score_new, score, scored, lambda: None)
-    chosen, _ = deployed_nets(job, {"chosen": chosen_net(finetune, job.device)})
-    width, gone = first(lambda: as_fast(job, profile, base["arch"], net, chosen,
+    chosen, _ = deployed_net(job, "chosen", chosen_net(finetune, job.device))
+    width, gone = first(lambda: as_fast(job, profile, base["arch"], net, {"chosen": chosen},
                                         least_salient(saliency["scores"])))
     choice, slow = finetune["choice"], "none is as fast"
     equal = configurations(config, penalty, tuple(choice[site] for site in sites), score_all)
@@ -1735,13 +1723,13 @@ def control_plan(job, base, saliency, profile, distill, found, finetune):
 
 
 def seconds_per_step(job, net, count=4):
-    """Of the base net's training, by a few steps on one batch: the median."""
+    """Median of a few steps of the base net's training, on one batch."""
     config, times = job.config, []
-    batch = crops(job.pairs("train"), 0, config.crop, max(1, config.batch // world()))(0)
-    batch = [as_batch(images, job.device) for images in batch]
+    own = crops(job.pairs("train"), 0, config.crop, max(1, config.batch // world()))(0)
+    batch = [as_batch(images, job.device) for images in own]
 
     def each(step, losses, make):
-        losses["psnr"].sum().item()               # a GPU is waited for
+        losses["psnr"].sum().item()               # waits for a GPU
         times.append(time.perf_counter())
 
     blocks.train(net, lambda step: batch, count, 1e-9, config.amp, each=each)
@@ -1749,10 +1737,9 @@ def seconds_per_step(job, net, count=4):
 
 
 def trained_control(job, net, surrogates, arch, control):
-    """The net of one control -> (it, its validation PSNR in dB [before, after] fine-tuning).
+    """Train a control as base and candidates were -> (net, its validation dB [before, after] fine-tuning).
 
-    Trained as base and candidates were, on the same crops at the same rates; from scratch with batch norms
-    that do nothing, as no distillation gave them statistics.
+    From scratch, batch norms do nothing, as no distillation gave them statistics.
     """
     config, name, choice = job.config, control["name"], control["choice"]
     file = "control." + re.sub(r"\W+", "-", name)
@@ -1785,8 +1772,8 @@ def control_nets(job, controls, base, distill, finetune):
     net = base_net(base, job.device)
     surrogates = trained_surrogates(net, distill, config.seed)
     made = {"base": (net, [base_db, base_db]), "chosen": chosen}
-    todo = [c for c in controls if c["name"] not in made and not c["missing"]]
-    scratch, alike = sum(c["scratch"] for c in todo), {swaps_of(finetune["choice"]): chosen}
+    todo = [control for control in controls if control["name"] not in made and not control["missing"]]
+    scratch, known = sum(control["scratch"] for control in todo), {swaps_of(finetune["choice"]): chosen}
     steps = len(todo) * config.finetune_steps + scratch * config.base_steps
     minutes = first(lambda: steps * seconds_per_step(job, net)) / 60
     say(f"control: {len(todo)} nets to train, {scratch} of them from scratch, {steps:,} steps in all: about "
@@ -1795,8 +1782,9 @@ def control_nets(job, controls, base, distill, finetune):
         name = control["name"]
         key = name if control["scratch"] else swaps_of(control["choice"])
         try:
-            alike[key] = made[name] = alike.get(key) or trained_control(job, net, surrogates, base["arch"],
-                                                                        control)
+            if key not in known:
+                known[key] = trained_control(job, net, surrogates, base["arch"], control)
+            made[name] = known[key]
         except InputError as error:
             if "diverged" not in str(error):
                 raise
@@ -1813,11 +1801,7 @@ def interval(values, seed):
 
 
 def control_row(config, control, net, ms, val_db, scores, chosen):
-    """What is told of one control: sizes, latency, scores, how far ahead of the chosen net it is on test.
-
-    val_db: validation PSNR before and after fine-tuning; scores, chosen: {set: `image_scores`} of it and of
-    the chosen net.
-    """
+    """What is told of one control; scores, chosen: its `image_scores` by test set, and the chosen net's."""
     ahead = np.subtract(scores["test"]["psnr_db"], chosen["test"]["psnr_db"])
     tests = {key: {"pairs": len(v["psnr_db"]), **means(v)} for key, v in scores.items() if key != "test"}
     return {**control, **sizes(net, config.frame), "latency_ms": ms, "val_before_db": val_db[0],
@@ -1842,14 +1826,14 @@ def stage_control(job, base, saliency, profile, distill, search, finetune):
         plan = first(lambda: plan)                # rank 0's: machines may round differently
         first(lambda: saved(job.out / "control.plan.part", plan, job.head))
     inputs = {**job.head["inputs"], "the plan": digest(plan["controls"])}
-    made = control_nets(job._replace(head={**job.head, "inputs": inputs}), plan["controls"], base, distill,
-                        finetune)
-    nets = deployed_nets(job, {name: net for name, (net, _) in made.items()})[0]
+    own_job = job._replace(head={**job.head, "inputs": inputs})
+    made = control_nets(own_job, plan["controls"], base, distill, finetune)
+    nets = {name: deployed_net(job, name, net)[0] for name, (net, _) in made.items()}
     ms, where, _ = first(lambda: time_whole(job, profile, nets))
     sets = {"test": job.pairs("test"), **named_pairs(job.config)}
     own = agreed(lambda: {name: {key: image_scores(nets[name], pairs, job.device, label=f"{key}: {name}")
                                  for key, pairs in sets.items()} for name in list(nets)[rank()::world()]})
-    scores = merged(gather(own))                  # the ranks share the nets out
+    scores = merged(gather(own))                  # each rank scored some of the nets
     rows = [control_row(job.config, control, nets[name], ms[name], made[name][1], scores[name],
                         scores["chosen"]) if (name := control["name"]) in nets else
             {**control, "missing": control["missing"] or "diverged"} for control in plan["controls"]]
@@ -1859,8 +1843,6 @@ def stage_control(job, base, saliency, profile, distill, search, finetune):
 
 
 # --------------------------------------------------------------------------------------- the report
-
-WHERE = ("device", "runtime", "precision", "hub options", "threads", "statistic", "date")      # of latency
 
 # The paper's tables as printed. Table 1: fisher in 1e-6, plain in 1e-3, enc2's plain printed "2.24e"; the
 # mean ranks are ours. Tables 4 and 5: PSNR in dB/SSIM, GMACs (65 is NAFNet at 512x512).
