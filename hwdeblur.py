@@ -1895,12 +1895,12 @@ def markdown(head, rows):
     """Rows of strings, the short ones filled up, as an aligned Markdown table."""
     columns = [[*map(str, column)] for column in itertools.zip_longest(head, *rows, fillvalue="")]
     widths = [max(map(len, column)) for column in columns]
-    first, *rest = (f"| {' | '.join(map(str.ljust, row, widths))} |" for row in zip(*columns))
-    return "\n".join([first, f"|-{'-|-'.join('-' * width for width in widths)}-|", *rest])
+    top, *rest = (f"| {' | '.join(map(str.ljust, row, widths))} |" for row in zip(*columns))
+    return "\n".join([top, f"|-{'-|-'.join('-' * width for width in widths)}-|", *rest])
 
 
 def figures(m, unknown="not measured"):
-    """What is known of size, latency and scores of a net, as text by name; unknown: of what is None."""
+    """What is known of size, latency and quality of a net, as text by name; unknown: the text for None."""
     m = {**m, "millions": m.get("params", 0) / 1e6}
     forms = dict(params=",", millions=".3f", mb=".2f", gmacs=".2f", latency_ms=".1f", predicted_ms=".1f",
                  psnr_db=".2f", ssim=".4f")
@@ -1923,7 +1923,7 @@ def gain_words(evaluate):
         key, how = "predicted_ms", "predicted from the latency table, not measured"
     elif evaluate["config"]["target"] != "local":
         how = f"measured on {evaluate['sums']['measured_on']['device']}"
-    pace = base[key] / chosen[key] if chosen[key] else math.inf        # table 2 knows blocks only, or none
+    pace = base[key] / chosen[key] if chosen[key] else math.inf        # no blocks left, where table 2 has no rest
     blurred_db, base_db, chosen_db = (evaluate[name]["psnr_db"] for name in ("blurred", "base", "chosen"))
     return (f"The chosen net runs {pace:.2f}x as fast as the base ({how}) at {chosen_db - base_db:+.2f} dB; "
             f"the base has {base_db - blurred_db:+.2f} dB over the blurred input.")
@@ -1934,31 +1934,31 @@ def pace_words(evaluate):
     ms, drift = evaluate["base"]["latency_ms"], evaluate["sums"]["drift"]
     if ms is None:
         return "Predicted: sums of the latency table; no net was measured."
-    words = (f"Predicted: sums of profiled blocks, at the pace of this measurement: times {drift:.2f}, since "
-             f"the base net took {ms:.1f} ms in it and {ms / drift:.1f} ms when its blocks were profiled.")
+    words = ("Predicted: sums of profiled blocks, at the pace of this measurement (with the drift): times "
+             f"{drift:.2f}, since the base net took {ms:.1f} ms in it and {ms / drift:.1f} ms when its "
+             "blocks were profiled.")
     if (whole := evaluate["global_ms"]) is not None:
-        words += (f" All is timed as it is scored, with a local window of {evaluate['window']} pixels: with "
-                  f"attention over the whole image the base net takes {whole:.1f} ms, so the window makes it "
-                  f"{ms / whole:.2f} times as slow.")
+        words += (f" All is timed with the local window of {evaluate['window']} pixels that it is scored "
+                  f"with: with attention over the whole image the base net takes {whole:.1f} ms, so the "
+                  f"window makes it {ms / whole:.2f} times as slow.")
     return words
 
 
-def score_cell(score):
-    return "{psnr_db:.2f}/{ssim:.3f}".format(**score).replace("/0.", "/.")
+def psnr_ssim(m):
+    return "{psnr_db:.2f}/{ssim:.3f}".format(**m).replace("/0.", "/.")
 
 
-def test_tables(tests, nets, frame):
+def test_tables(tests, known, frame):
     """Tables 4 and 5 (DPDD), the paper's and ours, of {NAME: score_nets}, {net: sizes} -> Markdown parts."""
-    parts = []
+    nets, parts = [net for net in next(iter(tests.values()), {}) if net != "pairs"], []
     for title, paper, defocus in (("4", PAPER_TABLE_4, False), ("5 (defocus)", PAPER_TABLE_5, True)):
-        names = [name for name in tests if (name in ("DPDD-indoor", "DPDD-outdoor")) == defocus]
-        rows = [[f"{net}, here", *(score_cell(tests[name][net]) for name in names),
-                 f"{nets[net]['gmacs']:.1f}" if "gmacs" in nets.get(net, {}) else ""]
-                for name in names[:1] for net in tests[name] if net != "pairs"]
-        heads = [f"{name} ({tests[name]['pairs']} pairs)" for name in names]
+        own = {name: test for name, test in tests.items()
+               if (name in ("DPDD-indoor", "DPDD-outdoor")) == defocus}
+        rows = [[f"{net}, here", *(psnr_ssim(test[net]) for test in own.values()),
+                 f"{known[net]['gmacs']:.1f}" if "gmacs" in known.get(net, {}) else ""] for net in nets]
+        heads = [f"{name} ({test['pairs']} pairs)" for name, test in own.items()]
         parts += [f"## Table {title}: PSNR dB/SSIM on further test sets", paper,
-                  markdown(["", *heads, "GMACs at {}x{}".format(*frame)], rows),
-                  "Rows marked published are the paper's own figures."] * bool(names)
+                  markdown(["", *heads, "GMACs at {}x{}".format(*frame)], rows)] * bool(own)
     return parts
 
 
@@ -1967,15 +1967,14 @@ def saliency_section(saliency):
     ranks, kept = saliency["mean_ranks"], saliency["critical"]
     totals = blocks.stage_totals(saliency["scores"])
     best, second = sorted(ranks, key=ranks.get)[:2]
-    stays = f"So {' '.join(kept)} stays as it is, and the other blocks are sites"
+    stays = f"So {' '.join(kept)} stays as it is, and all other blocks are sites"
     if any(site.split(".")[0] in kept for site in saliency["sites"]):
         stays = f"The paper would keep {' '.join(kept)} as it is; with --space all its blocks are sites too"
     rows = [[stage + " (critical)" * (stage in kept), *(f"{total[stage]:.4g}" for total in totals.values()),
-             f"{ranks[stage]:.2f}"] for stage in totals["snip"]]       # in forward order, which ranks is not
+             f"{ranks[stage]:.2f}"] for stage in totals["snip"]]       # in forward order, unlike `ranks`
     return ["## Table 1: saliency per stage",
             f"{best} has the best mean rank over the six measures, {ranks[best]:.2f}; next is {second}, "
-            f"{ranks[second]:.2f}. {stays}, {len(saliency['sites'])} in all. In the paper: enc3, 1.33; next "
-            "is dec1, 3.83.",
+            f"{ranks[second]:.2f}. {stays}, {len(saliency['sites'])} in all.",
             markdown(["stage", *totals, "mean rank"], rows), PAPER_TABLE_1]
 
 
@@ -2007,13 +2006,13 @@ def device_section(evaluate):
             for name, p in pictures.items()]
     lines = [f"- {name}: the device's pictures have {p['agreement_db']:.1f} dB against ours, which is less "
              "than 40: it computes another net." for name, p in pictures.items()
-             if not p["agreement_db"] >= 40]      # not a number where it overflows
+             if not p["agreement_db"] >= 40]      # NaN where it overflows
     lines += [f"- {name}: the device gave no pictures back." for name, result in ran.items()
               if name not in pictures and result["ms"] is not None]
     lines += [f"- {name}: {line}." for name in ("base", "chosen") for line in evaluate[name]["float16"]]
-    head = ["validation pictures", "count", "PSNR there, dB", "PSNR here, dB", "there against here, dB"]
-    parts = ["## On the device", *hub_table(found), markdown(head, rows) if rows else "", "\n".join(lines)]
-    return [part for part in parts if part]
+    heads = ["validation pictures", "count", "PSNR there, dB", "PSNR here, dB", "there against here, dB"]
+    return ["## On the device", *hub_table(found), *[markdown(heads, rows)] * bool(rows),
+            *["\n".join(lines)] * bool(lines)]
 
 
 def latency_section(table):
@@ -2024,8 +2023,7 @@ def latency_section(table):
     best = statistics.mode(fastest)
     rows = [[site, *("unavailable" if ms is None else f"{ms:.2f}" for ms in row)]
             for site, row in sites.items()]
-    published = profile_device.PAPER_BLOCK_MS[:len(names)]
-    rows.append(["published, every site", *(f"{ms:.0f}" for ms in published)])
+    rows.append(["published, every site", *map("{:.0f}".format, profile_device.PAPER_BLOCK_MS[:len(names)])])
     return ["## Table 2: latency of each option, ms",
             f"{names[best]} is the fastest option at {fastest.count(best)} of {len(sites)} sites. "
             + measured_on(table), markdown(["site", *(f"{i} {n}" for i, n in enumerate(names))], rows),
@@ -2035,9 +2033,10 @@ def latency_section(table):
 def wish_words(config):
     """How the candidates were ranked."""
     within = {name: f"{flag(name)} {config[name]:g}" for name in ("max_loss_db", "max_ms") if config[name]}
-    alone = {("max_loss_db",): "the fastest", ("max_ms",): "those that lose least"}
-    how = "those furthest below the chord between its ends, as far as it gains on the blurred input"
-    return alone.get(tuple(within), how) + f" within {' and '.join(within.values())}" * bool(within)
+    how = {(): "those furthest below the chord between its ends, as far as it gains on the blurred input",
+           ("max_loss_db",): "the fastest", ("max_ms",): "those that lose least",
+           ("max_loss_db", "max_ms"): "those furthest below the chord between its ends"}
+    return how[tuple(within)] + f" within {' and '.join(within.values())}" * bool(within)
 
 
 def wish_list(found):
@@ -2050,9 +2049,9 @@ def wish_list(found):
         within = [row for row in rows if row["loss_db"] <= limit and any(row["options"])]
         wishes[f"`--max-loss-db {limit}`"] = min(within, key=lambda row: row["latency_ms"], default=None)
     words = lambda row: "{latency_ms:.3g} ms, {loss_db:.2f} dB lost".format(**row) if row else "nothing"
-    return ("Other wishes would have given, as predicted before fine-tuning where the base takes "
-            f"{every[0]['latency_ms']:.3g} ms:\n\n"
-            + "\n".join(f"- {wish}: {words(row)}" for wish, row in wishes.items()))
+    return "\n".join(["Other wishes would have given, as predicted before fine-tuning, where the base takes "
+                      f"{every[0]['latency_ms']:.3g} ms:\n",
+                      *(f"- {wish}: {words(row)}" for wish, row in wishes.items())])
 
 
 def front_section(found, diverged, pick):
@@ -2062,11 +2061,11 @@ def front_section(found, diverged, pick):
     why = "The base is alone on the front, so it is the one candidate: nothing that was scored gains speed."
     if any(rows[found["knee"][0]]["options"]):
         distances = ", ".join(f"{distance:.2f}" for distance in found["below_chord"])
-        why = (f"The candidates are, of the front without the base, {wish_words(found['config'])}; after the "
-               "first, those that are faster, as fine-tuning wins back most of what swaps lose, and no time; "
-               "a tenth of the front's span in latency apart where there are enough, as neighbours differ in "
-               "a swap or two, and fine-tuning both teaches little. Their distances below the chord, both "
-               f"axes scaled to 1: {distances}. Picked after fine-tuning: the {pick}.")
+        why = (f"The candidates are, of the front without the base, {wish_words(found['config'])}. After the "
+               "first, those that are faster come before the others: fine-tuning wins back most of what "
+               "swaps lose, and no time. Where there are enough, they are a tenth of the front's span in "
+               "latency apart, as near-copies teach little. Their distances below the chord, both axes "
+               f"scaled to 1: {distances}. Picked after fine-tuning: the {pick}.")
     return ["## The front",
             f"{len(rows)} of {found['space']:,} configurations were scored: {proposed} that the search "
             f"proposed, and {len(rows) - proposed} that take one swap of a candidate back; "
@@ -2078,22 +2077,17 @@ def front_section(found, diverged, pick):
 
 def nets_section(evaluate, finetune, found, profile, steps):
     """Table 3: base and every candidate before and after fine-tuning; base and chosen on test; published."""
-    candidates, picked, drift = finetune["candidates"], finetune["picked"], evaluate["sums"]["drift"]
-    hub = evaluate["sums"].get("hub")
-
-    def row(name, options, predicted_ms, before, after, net):
-        known = figures(evaluate[net]) if net else {}
-        peak = f"{hub[net]['peak_mb']:.0f}" if hub and net and hub[net]["peak_mb"] else ""
-        return [name, " ".join(map(str, options)),
-                *(known.get(key, "") for key in ("millions", "mb", "latency_ms", "psnr_db", "ssim")),
-                f"{predicted_ms:.1f}", f"{before:.2f}", after, *[peak] * bool(hub)]
-
-    rows = [row("base", [0] * len(found["sites"]), evaluate["base"]["predicted_ms"], found["base_val_db"], "",
-                "base")]
-    rows += [row(f"candidate {n + 1}" + " (chosen)" * (n == picked), c["options"], drift * c["latency_ms"],
-                 c["val_before_db"], f"{c['val_after_db']:.2f}", "chosen" * (n == picked))
-             for n, c in enumerate(candidates)]
-    gains = [c["val_after_db"] - c["val_before_db"] for c in candidates]
+    candidates, drift, rows = finetune["candidates"], evaluate["sums"]["drift"], []
+    measured = {0: "base", finetune["picked"] + 1: "chosen"}
+    base = {**found["evaluations"][0], "val_before_db": found["base_val_db"]}
+    for n, net in enumerate([base, *candidates]):
+        known = figures(evaluate[measured[n]]) if n in measured else {}
+        name = f"candidate {n}" + " (chosen)" * (n in measured) if n else "base"
+        rows.append([name, " ".join(map(str, net["options"])),
+                     *(known.get(key, "") for key in ("millions", "mb", "latency_ms", "psnr_db", "ssim")),
+                     f"{drift * net['latency_ms']:.1f}", f"{net['val_before_db']:.2f}",
+                     f"{net['val_after_db']:.2f}" if n else ""])
+    gains = [candidate["val_after_db"] - candidate["val_before_db"] for candidate in candidates]
     rest = "alone: there is no figure for the rest of the net"
     if profile["rest_ms"]:
         rest = f"plus {profile['rest_ms']:.1f} ms for the rest of the net"
@@ -2103,7 +2097,7 @@ def nets_section(evaluate, finetune, found, profile, steps):
             f"{steps} steps of fine-tuning change the candidates by {min(gains):+.2f} to "
             f"{max(gains):+.2f} dB on validation.",
             markdown(["", "options", "params, M", "MB", "ms", "PSNR dB", "SSIM", "predicted ms",
-                      "validation dB", "fine-tuned", *["peak MB"] * bool(hub)], rows), PAPER_TABLE_3,
+                      "validation dB", "fine-tuned"], rows), PAPER_TABLE_3,
             f"Options in the order of the sites: {', '.join(found['sites'])}. PSNR and SSIM on test. "
             f"Predicted are the blocks at the sites {rest}{f', all times {drift:.2f}' * (drift != 1)}."]
 
@@ -2121,11 +2115,10 @@ def site_section(saliency, profile, found, finetune):
         rows.append([site, f"{statistics.fmean(ranks):.2f}", f"{ms[0]:.2f}", f"{k} {names[k]}",
                      f"{ms[k]:.2f}", *change])
     return ["## The chosen net, site by site", "\n".join(lines),
-            markdown(["site", "saliency rank", "base ms", "choice", "its ms", "net, ms", "net, dB"], rows),
+            markdown(["site", "saliency rank", "base ms", "option", "its ms", "net, ms", "net, dB"], rows),
             "What each swap alone changes in predicted latency of the net and in PSNR on validation, before "
-            "fine-tuning: measured by taking it back. All ms at the pace of table 2, those of the net as "
-            "whole nets are predicted. Saliency rank: among the sites, mean over the six measures; 1 is the "
-            "most salient."]
+            "fine-tuning: found by taking it back. All ms are at the pace of table 2. Saliency rank: among "
+            "the sites, mean over the six measures; 1 is the most salient."]
 
 
 def sums_section(sums):
@@ -2139,8 +2132,6 @@ def sums_section(sums):
               f"mean relative error {error:.1%}; without the drift, {sums['error_as_profiled']:.1%}.")
     if sums["repeat_tau"] is not None:
         words += f" Two halves of the measurement itself agree to a tau of {sums['repeat_tau']:.2f}."
-    words += (f" The drift is {drift:.2f}: the base net took so many times what it took when its blocks were "
-              "profiled.")
     forms = "{:.1f} {:.1f} {:.1f} {:+.1%}".format
     cells = [[row["net"], *forms(ms / drift, ms, row["measured_ms"], ms / row["measured_ms"] - 1).split()]
              for row in rows for ms in [row["predicted_ms"]]]
@@ -2167,21 +2158,21 @@ def control_words(control):
     """Which controls of the chosen net's latency are better than it, or which comes nearest, in one line."""
     rows = {row["name"]: row for row in control["rows"] if not row["missing"]}
     _, more, chosen = (rows.pop(name, None) for name in ("base", "base, more steps", "chosen"))
-    key, alike = "latency_ms", "as fast as the chosen net (3 % allowed)"
+    key, like = "latency_ms", "as fast as the chosen net (3 % allowed)"
     if chosen[key] is None:
-        key, alike = "gmacs", "of no more GMACs than the chosen net (3 % allowed)"
+        key, like = "gmacs", "of no more GMACs than the chosen net (3 % allowed)"
     rivals = [row for row in rows.values() if row[key] is not None and row[key] <= 1.03 * chosen[key]]
     rivals.sort(key=lambda row: -row["ahead_db"])
     better = [row for row in rivals if row["ahead_db"] > 0]
     told = [f"{row['name']} ({control_kind(row)}) {ahead_words(row)}" for row in better or rivals[:1]]
-    words = f"Controls {alike} are better: " if better else f"No control {alike} is better; best: "
+    words = f"Controls {like} are better: " if better else f"No control {like} is better; best: "
     last = f" The base net with as many steps more: {more['ahead_db']:+.2f} dB." if more else ""
     return f"{words}{', '.join(told) or 'none'}.{last}"
 
 
 def control_table(control):
     """The controls, a row each, and the mean of the random ones, as Markdown."""
-    rows, table = control["rows"], []
+    rows, table, random = control["rows"], [], []
     base_ms = rows[0]["latency_ms"]
     for row in rows:
         table.append([row["name"], row["missing"] or control_kind(row)])
@@ -2191,31 +2182,31 @@ def control_table(control):
                           f"{base_ms / ms:.2f}" if base_ms and ms else "",
                           "" if row["scratch"] else f"{row['val_before_db']:.2f}", known["psnr_db"],
                           known["ssim"], ahead_words(row).replace(" dB", ""),
-                          *map(score_cell, row["tests"].values())]
-    random = [row for row in rows if row["name"].startswith("random") and not row["missing"]]
+                          *map(psnr_ssim, row["tests"].values())]
+            random += [row] * row["name"].startswith("random")
     if len(random) > 1:
         db, ahead = ([row[key] for row in random] for key in ("psnr_db", "ahead_db"))
         table.append([f"random, mean of {len(random)}", *[""] * 6, f"{statistics.fmean(db):.2f} +- "
                       f"{statistics.stdev(db):.2f}", "", f"{statistics.fmean(ahead):+.2f}"])
-    heads = [f"{name} ({score['pairs']} pairs)" for name, score in rows[0]["tests"].items()]
+    heads = [f"{name} ({test['pairs']} pairs)" for name, test in rows[0]["tests"].items()]
     return markdown(["", "what", "params, M", "GMACs", "ms", "x base", "validation dB, before", "PSNR dB",
                      "SSIM", "against chosen, dB [95 %]", *heads], table)
 
 
 def control_section(config, control):
-    """Is the search worth it: the controls, how they were made, and what they tell -> Markdown parts."""
+    """Is the search worth it: the controls, and how they were made -> Markdown parts."""
     base, count = control["rows"][0], control["tuned"]
     tau = f"Kendall's tau {control['tau']:.2f}" if count >= 8 else "too few to say"
     between = " (95 %: {:+.2f} to {:+.2f})".format(*base["interval_db"]) if base["interval_db"] else ""
-    return ["## Is the search worth it?", control_words(control), control_table(control),
+    return ["## Is the search worth it?", control_table(control),
             f"All but the base had {config.finetune_steps} steps of fine-tuning, the chosen net as a "
-            f"candidate; narrower and from scratch, before that, {config.base_steps} steps of a base's "
-            "training, with batch norms that do nothing, since no distillation gave them statistics. "
-            "Narrower: the width whose latency is nearest the chosen net's and not above it. Shallower: "
-            "without the least salient blocks, as few as bring that latency. One option everywhere: the best "
-            "as scored of those predicted to be no slower. Budgeted sum: what promises the least loss at the "
-            f"chosen net's predicted latency, exactly, if losses of single swaps ({control['single_swaps']} "
-            "were scored) add up. Random: of that predicted latency within 3 %.",
+            f"candidate. Narrower and from scratch had {config.base_steps} steps of a base's training before "
+            "that, with batch norms that do nothing, since no distillation gave them statistics. Narrower: "
+            "the largest width that is no slower than the chosen net. Shallower: without the least salient "
+            "blocks, as few as bring that latency. One option everywhere: the one that scores best of those "
+            "predicted to be no slower. Budgeted sum: what loses least at the chosen net's predicted latency "
+            f"if the losses of single swaps ({control['single_swaps']} were scored) add up. Random: of that "
+            "predicted latency within 3 %.",
             f"Does the plug-and-play score tell what fine-tuning gives? {count} configurations were scored "
             f"and fine-tuned: {tau}. On test the base as it was is {base['ahead_db']:+.2f} dB{between} from "
             "the chosen net; intervals by the bootstrap over images.",
@@ -2236,9 +2227,9 @@ def made_section(config, art):
 
 def adapted_text(config, tuned):
     """report.md of a net that was adapted: every set before and after."""
-    rows = [[name, score["pairs"], *(score_cell(score[net]) for net in ("blurred", "before", "after"))]
-            for name, score in tuned["scores"].items()]
-    tests = {name: score for name, score in tuned["scores"].items() if name in test_sets(config)}
+    rows = [[name, found["pairs"], *(psnr_ssim(found[net]) for net in ("blurred", "before", "after"))]
+            for name, found in tuned["scores"].items()]
+    tests = {name: tuned["scores"][name] for name in test_sets(config)}
     return "\n\n".join([
         f"# {config.from_} adapted to {config.data or 'made pairs'}",
         markdown(["PSNR dB/SSIM", "pairs", "blurred input", "before", "after"], rows),
