@@ -2310,7 +2310,7 @@ def samples_picture(pairs, base, chosen, device, side=224):
     return canvas
 
 
-def stage_report(job, base, saliency, profile, distill, search, finetune, evaluate, control=None):
+def stage_report(job, base, saliency, profile, distill, search, finetune, evaluate, *, control):
     """Section III: report.md with all tables, pareto.svg, samples.png -> {file name: bytes}."""
     config, stream = job.config, io.BytesIO()
     nets = [blocks.deploy(net) for net in (base_net(base, job.device), chosen_net(finetune, job.device))]
@@ -2342,7 +2342,7 @@ TILE = 512                                        # pixels a side; a larger phot
 def deblur(net, image, device="cpu", tile=TILE, overlap=64):
     """uint8 (3, H, W) of any size -> the same, restored; large images in overlapping tiles.
 
-    Tiles fade into one another over `overlap` pixels. Memory holds the two images and one row of tiles.
+    Tiles fade into one another over `overlap` pixels; memory holds both images and one row of tiles.
     """
     height, width = image.shape[-2:]
     if height <= tile and width <= tile:
@@ -2414,7 +2414,7 @@ def tuned_in(out, stage):
 
 
 def run_deblur(source, target, out, device):
-    """Restore one photograph with the net that was made in `out`, whatever its configuration."""
+    """Restore one photograph with the net in `out`."""
     if not source or not target:
         raise InputError("--stage deblur needs --input PHOTO and --output FILE")
     net = blocks.deploy(chosen_net(tuned_in(out, "deblur"), device))
@@ -2436,14 +2436,19 @@ def measured_card(out, tuned, frame):
     return card
 
 
+def config_of(values):
+    """Config of {name: value}, whose lists, as of JSON and argparse, become tuples."""
+    return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
 def run_export(out, frame=None):
     """Write the net in `out` as deblur.pt2 (torch.export), for frames (H, W) or as profiled, and its card."""
     tuned = tuned_in(out, "export")
-    height, width = frame or tuned["config"].get("frame")
-    config = Config(**{key: tuple(v) if isinstance(v, list) else v for key, v in tuned["config"].items()})
+    config = config_of(tuned["config"])
+    height, width = frame or config.frame
     try:
         net, lines = within_float16(chosen_net(tuned), split_pairs(config, "val"), "cpu")
-    except InputError as error:                   # the pairs may be elsewhere
+    except InputError as error:                   # the pairs may be on another machine
         net, lines = blocks.deploy(chosen_net(tuned)), [f"not checked for float16, as {error}"]
     for line in lines:
         say(f"export: {line}")
@@ -2462,18 +2467,14 @@ def run_export(out, frame=None):
 # -------------------------------------------------------------------------------- running the stages
 
 class Stage(NamedTuple):
-    """One stage: its function, whose parameters after `job` are what it reads; its file; shared by ranks?"""
+    """A stage: its function, which needs its positional parameters after `job`; its file; shared by ranks?"""
     function: object
     file: str
     shared: bool = False
 
     @property
-    def reads(self):
-        return self.function.__code__.co_varnames[1:self.function.__code__.co_argcount]
-
-    @property
     def needs(self):
-        return self.reads[:len(self.reads) - len(self.function.__defaults__ or ())]
+        return self.function.__code__.co_varnames[1:self.function.__code__.co_argcount]
 
 
 STAGES = {"base": Stage(stage_base, "base.pt", True),
@@ -2505,38 +2506,38 @@ def relevant(config, name):
 
 
 def header(config, name, art):
-    """What an artefact of stage `name` says of itself: what made it, and from what.
-
-    art {need: artefact}; the file behind --weights or --from counts as well, where it is there.
-    """
+    """What an artefact of stage `name` says of itself: what made it, from which artefacts and which file."""
     file = Path(config.weights if name == "base" else config.from_)
-    inputs = {EVERY[need].file: content["checksum"] for need, content in art.items()}
+    inputs = {EVERY[need].file: content["checksum"] for need, content in art.items() if content}
     if name in ("base", "finetune") and file.is_file():
         inputs[str(file)] = zlib.crc32(file.read_bytes())
-    options = option_names(config.space == "all" or config.from_)
-    options = {} if name in ("base", "saliency") else {"options": options}
-    return {"stage": name, "config": relevant(config, name), "seed": config.seed, "inputs": inputs, **options,
+    names = {"options": option_names(config.space == "all" or config.from_)}
+    return {"stage": name, "config": relevant(config, name), "seed": config.seed, "inputs": inputs,
+            **(names if name not in ("base", "saliency") else {}),
             "versions": {"torch": str(torch.__version__), "numpy": np.__version__,
                          "python": platform.python_version()}}
 
 
-def current(out, config, name, known, asked_by):
+def current(out, config, name, known, asked_by=None):
     """The artefact of stage `name`, fit for this run, and so is what it was made from, where that is there.
 
-    known {name: artefact}: those found so before; added to.
+    known {name: artefact}: those found so before; added to. asked_by: the stage that cannot do without it;
+    where none is named, None stands for what is not there, and Stale tells of what does not fit.
     """
     path, stage = out / EVERY[name].file, stage_of(config, name)
-    if not path.exists():
+    if asked_by and not path.exists():
         raise InputError(f"stage {asked_by} needs {path}, which is not there: "
                          f"run --stage {name} --out {out} first")
-    if name not in known:
+    if name not in known and path.exists():
         art = {need: current(out, config, need, known, name) for need in stage.needs
                if (out / EVERY[need].file).exists()}
         try:
             known[name] = loaded(path, header(config, name, art))
         except Stale as why:
+            if not asked_by:
+                raise
             raise InputError(f"{why}: --stage {name} makes it anew, --stage all what follows too") from None
-    return known[name]
+    return known.get(name)
 
 
 def same_machine(path, table, config, device):
@@ -2556,34 +2557,29 @@ def discard(path):
 
 
 def prepared(config, name, out, device, known, anew):
-    """What stage `name` reads, {need: artefact}; None where its own artefact is there and fits."""
+    """What stage `name` is called with, {need: artefact}; None where its own artefact is there and fits."""
+    def there(which, otherwise):
+        try:
+            return current(out, config, which, known)
+        except Stale as why:
+            say(f"{name}: {why}, so it is {otherwise}")
+
     path = out / EVERY[name].file
-    stage = stage_of(config, name)
-    art = {need: current(out, config, need, known, name) for need in stage.needs}
-    for extra in stage.reads[len(stage.needs):]:          # shown where it is there and fits
-        file, read = out / EVERY[extra].file, EVERY[extra].needs
-        try:
-            if file.exists():
-                made_from = {need: current(out, config, need, known, name) for need in read}
-                art[extra] = loaded(file, header(config, extra, made_from))
-        except Stale as why:
-            say(f"{name}: {why}, so it is left out")
-    if path.exists() and name != "report" and not anew:
-        try:
-            known[name] = loaded(path, header(config, name, art))
-            if name == "profile":
-                same_machine(path, known[name], config, device)
-            discard(path)
-            return say(f"{name}: {path} matches and is reused")
-        except Stale as why:
-            say(f"{name}: {why}, so it is made anew")
+    art = {need: current(out, config, need, known, name) for need in stage_of(config, name).needs}
+    if name == "report":                          # always written; shows the controls where they are there
+        return {**art, "control": there("control", "left out")}
+    if not anew and (own := there(name, "made anew")):
+        if name == "profile":
+            same_machine(path, own, config, device)
+        discard(path)
+        return say(f"{name}: {path} matches and is reused")
     if name in ("evaluate", "control"):
         same_machine(out / "profile.json", art["profile"], config, device)
     return art
 
 
 def finish(job, name, payload):
-    """Write what a stage made, and remove what it kept on the way -> the artefact, read again."""
+    """Write what a stage made, and remove its unfinished work -> the artefact, read again."""
     path = job.out / EVERY[name].file
     if name != "report":
         saved(path, payload, job.head)
@@ -2628,14 +2624,15 @@ def take_lock(path):
 @contextlib.contextmanager
 def held(out):
     """Folder `out`, written by this run alone."""
-    files = []
-    first(lambda: (writable(out), files.append(take_lock(out / ".lock")), clean(out)) and None)
+    first(lambda: writable(out))
+    lock = agreed(lambda: None if rank() else take_lock(out / ".lock"))
     try:
+        first(lambda: clean(out))
         yield
     finally:
-        for file in files:
+        if lock:
             (out / ".lock").unlink(missing_ok=True)
-            file.close()
+            lock.close()
 
 
 def conclude(config, last, out, known):
@@ -2661,7 +2658,7 @@ def conclude(config, last, out, known):
 
 
 def asked_hub(config, out, force):
-    """Refuse a token or a device that the hub does not know, unless all that it is asked for is there."""
+    """Refuse a token or a device that the hub does not know, unless nothing is left to ask of it."""
     if force or not all((out / EVERY[name].file).exists() for name in ("profile", "evaluate")):
         profile_device.hub_client(config.hub_device)
 
@@ -2669,33 +2666,28 @@ def asked_hub(config, out, force):
 def run(config, stage, out, device="cpu", force=False):
     """Run one stage, or "all" in order, in folder `out`; what is there and fits is reused.
 
-    What was made from something else than is there now is made anew, which a line says. force: latencies are
-    measured anew, with new AI Hub jobs. Of several ranks all work on the stages that are shared; rank 0 alone
-    does the others, reads, writes and prints.
+    force: latencies are measured anew, with new AI Hub jobs. All ranks work on the stages that are shared;
+    rank 0 alone does the others, reads, writes and prints.
     """
     out, known = Path(out), {}
     pairs_of = {"train": training_pairs, "val": split_pairs, "test": split_pairs}
     pairs = functools.cache(lambda split: pairs_of[split](config, split))
     if config.from_ and stage != "finetune":
         raise InputError(f"--from {config.from_} goes with --stage finetune, not {stage}")
-    if stage == "all":                                    # what is wrong with these is better known at once
+    if stage == "all":                                    # better to know at once what is wrong with these
         if config.target == "qai-hub":
             first(lambda: asked_hub(config, out, force))
         agreed(lambda: (config.data and [pairs(split) for split in ("train", "test")], named_pairs(config)))
     with held(out):
         for name in STAGES if stage == "all" else [stage]:
-            begun, each = time.monotonic(), stage_of(config, name)
+            begun, (function, file, shared) = time.monotonic(), stage_of(config, name)
             anew = force and name == (stage if stage in ("evaluate", "control") else "profile")
-            art = agreed(lambda: None if rank() else prepared(config, name, out, device, known, anew))
-            if not anywhere(art is not None):
-                continue                                  # it is there and fits
-            if each.shared:
-                art = first(lambda: art)
-            if each.shared or rank() == 0:
+            art = first(lambda: prepared(config, name, out, device, known, anew))
+            if art is not None:
                 job = Job(config, pairs, device, out, header(config, name, art), anew)
-            payload = agreed(lambda: each.function(job, **art) if each.shared or rank() == 0 else None)
-            agreed(lambda: rank() or known.update({name: finish(job, name, payload)}))
-            say(f"{name}: {out / each.file} written, {time.monotonic() - begun:.1f} s")
+                payload = agreed(lambda: function(job, **art) if shared or rank() == 0 else None)
+                agreed(lambda: rank() or known.update({name: finish(job, name, payload)}))
+                say(f"{name}: {out / file} written, {time.monotonic() - begun:.1f} s")
         agreed(lambda: rank() or conclude(config, name, out, known))
 
 
@@ -2710,23 +2702,17 @@ class Parser(argparse.ArgumentParser):
 
 def sides(text):
     """'256' or '720x1280' -> (height, width)."""
-    values = tuple(int(v) for v in text.lower().split("x"))
-    if len(values) not in (1, 2):
-        raise ValueError(text)
-    return values * (3 - len(values))
+    height, _, width = text.lower().partition("x")
+    return int(height), int(width or height)
 
 
-def stage_lines():
-    """{what --stage takes: what it does, in one line}, in order."""
-    first_lines = {name: stage.function.__doc__.splitlines()[0] for name, stage in EVERY.items()}
-    control = first_lines.pop("control")
-    return {**first_lines, "all": "These, in order; what is there and fits is reused.", "control": control,
-            "deblur": "Restore the photograph --input into --output with the net in --out.",
-            "export": "Write that net as deblur.pt2, a torch.export program, and its card deblur.json."}
-
-
-def listed_stages():
-    return "\n".join(f"  {name:<10}{line}" for name, line in stage_lines().items())
+# What --stage takes, in order, and what it does.
+TAKES = {**{name: stage.function.__doc__.splitlines()[0] for name, stage in STAGES.items()},
+         "all": "These, in order; what is there and fits is reused.",
+         "control": stage_control.__doc__.splitlines()[0],
+         "deblur": "Restore the photograph --input into --output with the net in --out.",
+         "export": "Write that net as deblur.pt2, a torch.export program, and its card deblur.json."}
+LISTED = "\n".join(f"  {name:<10}{line}" for name, line in TAKES.items())
 
 
 def argument(field):
@@ -2756,13 +2742,13 @@ def parser():
     p = Parser(allow_abbrev=False, add_help=False,
                usage="python hwdeblur.py --stage STAGE [--out FOLDER] [flags]",
                formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28),
-               description="The stages, in order:\n" + listed_stages(),
+               description="The stages, in order:\n" + LISTED,
                epilog="In brackets: the default and its unit, and that of --preset paper where it differs.")
     groups = {"any": p.add_argument_group("any stage"), "data": p.add_argument_group("data"),
-              **{name: p.add_argument_group(f"stage {name}") for name in stage_lines()}}
+              **{name: p.add_argument_group(f"stage {name}") for name in TAKES}}
     add = groups["any"].add_argument
     add("-h", "--help", action="help", help="print this")
-    add("--stage", nargs="?", const=True, choices=list(stage_lines()), metavar="STAGE",
+    add("--stage", nargs="?", const=True, choices=list(TAKES), metavar="STAGE",
         help="one of the above; without a value, list them")
     add("--preset", default="demo", choices=list(PRESETS), help="defaults of all other flags [demo]")
     add("--out", metavar="FOLDER", help="folder of the artefacts [runs/PRESET]")
@@ -2780,8 +2766,7 @@ def parser():
 def configuration(args):
     """Parsed flags -> Config: the preset, then what was given."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    config = Config(**{**PRESETS[args.preset], **given})
+    config = config_of({**PRESETS[args.preset], **given})
     check(config)
     return config
 
@@ -2815,7 +2800,7 @@ def main(argv=None):
     try:
         args = parser().parse_args(argv)
         if args.stage is True:
-            print(listed_stages())
+            print(LISTED)
             return 0
         if args.stage is None:
             raise InputError("no stage is given: --stage all runs them in order, --stage alone lists them, "
@@ -2832,15 +2817,14 @@ def main(argv=None):
             obey(args, config, Path(args.out or f"runs/{args.preset}"), device)
     except (InputError, profile_device.HubError, OSError) as error:
         if rank() == 0:
-            print("hwdeblur:", one_line(error).replace("\n", " "), file=sys.stderr)
+            say(f"hwdeblur: {one_line(error)}".replace("\n", " "))
         else:
-            time.sleep(2)                         # torchrun ends all ranks with the first: rank 0 tells why
+            time.sleep(2)                         # torchrun ends all ranks with the first; rank 0 tells why
         return 2
     except (MemoryError, RuntimeError) as error:          # torch's own is a RuntimeError; any rank tells it
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        print(f"hwdeblur: out of memory ({first_line(error)}): lower --width, --batch, --crop or --frame",
-              file=sys.stderr)
+        say(f"hwdeblur: out of memory ({first_line(error)}): lower --width, --batch, --crop or --frame")
         return 2
     return 0
 
