@@ -1923,7 +1923,7 @@ def gain_words(evaluate):
         key, how = "predicted_ms", "predicted from the latency table, not measured"
     elif evaluate["config"]["target"] != "local":
         how = f"measured on {evaluate['sums']['measured_on']['device']}"
-    pace = base[key] / chosen[key] if chosen[key] else math.inf        # no blocks left, where table 2 has no rest
+    pace = base[key] / chosen[key] if chosen[key] else math.inf        # table 2 may have nothing left
     blurred_db, base_db, chosen_db = (evaluate[name]["psnr_db"] for name in ("blurred", "base", "chosen"))
     return (f"The chosen net runs {pace:.2f}x as fast as the base ({how}) at {chosen_db - base_db:+.2f} dB; "
             f"the base has {base_db - blurred_db:+.2f} dB over the blurred input.")
