@@ -129,7 +129,7 @@ def knob(default, stages, help, least=None, most=10 ** 9, unit="", choices=None)
     """A configuration entry: all that the flag, its help and its check need.
 
     stages: those whose artefacts depend on it, the first its heading in the help ("data": base and adapt
-    depend on it; "any": none does); least, most: the bounds of every number in it.
+    depend on it; "any": none does; "hub": only with --target qai-hub); least, most: bounds of its numbers.
     """
     return dataclasses.field(default=default, metadata=dict(
         stages=stages.split(), help=help, unit=unit, least=least, most=most, choices=choices))
@@ -162,12 +162,12 @@ class Config:
     frame: tuple = knob((256, 256), "profile adapt", "input of the profiled net, H or HxW", 1, 8192, "pixels")
     target: str = knob("local", "profile", "latency table: this machine, a phone, or the paper's table 2",
                        choices=("local", "qai-hub", "paper"))
-    hub_device: str = knob(profile_device.HUB_DEVICE, "profile", "AI Hub's device, for --target qai-hub")
-    hub_runtime: str = knob("tflite", "profile", "runtime on it", choices=profile_device.HUB_RUNTIMES)
-    hub_precision: str = knob("float", "profile", "precision on it", choices=profile_device.HUB_PRECISIONS)
-    hub_options: str = knob("", "profile", 'options of its jobs: --hub-options="--x y"')
-    hub_blocks: str = knob("alone", "profile", "profile blocks alone or in the net", choices=("alone", "net"))
-    calibration: int = knob(64, "profile", "training images to quantise with, for w8a8 and w8a16", 1, 10 ** 4)
+    hub_device: str = knob(profile_device.HUB_DEVICE, "profile hub", "AI Hub's device, for --target qai-hub")
+    hub_runtime: str = knob("tflite", "profile hub", "runtime on it", choices=profile_device.HUB_RUNTIMES)
+    hub_precision: str = knob("float", "profile hub", "precision", choices=profile_device.HUB_PRECISIONS)
+    hub_options: str = knob("", "profile hub", 'options of its jobs: --hub-options="--x y"')
+    hub_blocks: str = knob("alone", "profile hub", "blocks alone or in the net", choices=("alone", "net"))
+    calibration: int = knob(64, "profile hub", "training images to quantise with", 1, 10 ** 4)
     distill_share: float = knob(0.25, "distill", "share of the training pairs that it uses (II-B)", 1e-6, 1)
     distill_steps: int = knob(100, "distill", "length, of all surrogates at once (II-B)", 0, 10 ** 7, "steps")
     distill_lr: float = knob(4e-3, "distill", "first learning rate, cosine to 0", 1e-12, 1e30)
@@ -2499,8 +2499,8 @@ def relevant(config, name):
     keys = {"adapt", "data"} if stage is ADAPT else {"base", "data"} if name == "base" else {name}
     found = {key: value for need in stage.needs for key, value in relevant(config, need).items()}
     for field in dataclasses.fields(config):
-        value, hub_only = getattr(config, field.name), "hub" in field.name or field.name == "calibration"
-        if keys & set(field.metadata["stages"]) and (config.target == "qai-hub" or not hub_only):
+        value, stages = getattr(config, field.name), field.metadata["stages"]
+        if keys.intersection(stages) and (config.target == "qai-hub" or "hub" not in stages):
             found[field.name] = list(value) if isinstance(value, tuple) else value
     return found
 
