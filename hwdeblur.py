@@ -1825,7 +1825,7 @@ def stage_control(job, base, saliency, profile, distill, search, finetune):
         plan = control_plan(job, base, saliency, profile, distill, search, finetune)
         plan = first(lambda: plan)                # rank 0's: machines may round differently
         first(lambda: saved(job.out / "control.plan.part", plan, job.head))
-    inputs = {**job.head["inputs"], "the plan": digest(plan["controls"])}
+    inputs = {**job.head["inputs"], "plan of controls": digest(plan["controls"])}
     own_job = job._replace(head={**job.head, "inputs": inputs})
     made = control_nets(own_job, plan["controls"], base, distill, finetune)
     nets = {name: deployed_net(job, name, net)[0] for name, (net, _) in made.items()}
@@ -1996,7 +1996,7 @@ def hub_table(found):
 
 
 def device_section(evaluate):
-    """What the phone did with the whole nets, and with pictures -> Markdown parts, none for other targets."""
+    """What the phone did with whole nets and with pictures -> Markdown parts, none for other targets."""
     found = evaluate["sums"].get("hub")
     if not found:
         return []
@@ -2638,8 +2638,7 @@ def held(out):
 def conclude(config, last, out, known):
     """Print what was gained, where everything is, and what to try next."""
     if last in ("evaluate", "report"):
-        metrics = current(out, config, "evaluate", known, "report")
-        found = current(out, config, "search", known, "report")
+        metrics, found = (current(out, config, need, known, "report") for need in ("evaluate", "search"))
         parts = [gain_table(metrics), gain_words(metrics), pace_words(metrics),
                  *test_tables(metrics["tests"], metrics, config.frame), wish_list(found)]
     elif last == "control":
