@@ -3063,6 +3063,22 @@ class Whole(unittest.TestCase):
         self.assertIn("narrower diverged; so this control is left out", said)
         self.assertRegex(printed, r"\| narrower +\| diverged +\|")
 
+    def test_controls_that_were_cut_off_keep_what_was_trained(self):
+        out, trained, calls = self.copied("cut_control"), hwdeblur.trained, []
+        flags = ("--stage", "control", "--target", "paper", *TINY)
+
+        def trained_or_stop(*args):
+            if len(calls) == 3:
+                raise SystemExit
+            calls.append(args)
+            return trained(*args)
+
+        with mock.patch.object(hwdeblur, "trained", trained_or_stop), contextlib.suppress(SystemExit):
+            self.command(*flags, out=out)
+        _, said = self.done(*flags, out=out)
+        self.assertNotIn("left aside", said)
+        self.assertEqual(said.count("goes on from"), 1 + 3)             # the plan, and three nets
+
     def test_controls_of_weights_that_were_not_trained_here(self):
         weights, out = self.out.parent / "w.pth", self.out.parent / "controlled"
         torch.save(torch.load(self.out / "base.pt", weights_only=True)["params"], weights)
