@@ -2080,13 +2080,16 @@ def nets_section(evaluate, finetune, found, profile, steps):
     candidates, drift, rows = finetune["candidates"], evaluate["sums"]["drift"], []
     measured = {0: "base", finetune["picked"] + 1: "chosen"}
     base = {**found["evaluations"][0], "val_before_db": found["base_val_db"]}
+    hub = evaluate["sums"].get("hub", {})         # of a phone, what its jobs gave
     for n, net in enumerate([base, *candidates]):
         known = figures(evaluate[measured[n]]) if n in measured else {}
+        peak_mb = hub.get(measured.get(n), {}).get("peak_mb")
         name = f"candidate {n}" + " (chosen)" * (n in measured) if n else "base"
         rows.append([name, " ".join(map(str, net["options"])),
                      *(known.get(key, "") for key in ("millions", "mb", "latency_ms", "psnr_db", "ssim")),
                      f"{drift * net['latency_ms']:.1f}", f"{net['val_before_db']:.2f}",
-                     f"{net['val_after_db']:.2f}" if n else ""])
+                     f"{net['val_after_db']:.2f}" if n else "",
+                     *[f"{peak_mb:.0f}" if peak_mb else ""] * bool(hub)])
     gains = [candidate["val_after_db"] - candidate["val_before_db"] for candidate in candidates]
     rest = "alone: there is no figure for the rest of the net"
     if profile["rest_ms"]:
@@ -2097,7 +2100,7 @@ def nets_section(evaluate, finetune, found, profile, steps):
             f"{steps} steps of fine-tuning change the candidates by {min(gains):+.2f} to "
             f"{max(gains):+.2f} dB on validation.",
             markdown(["", "options", "params, M", "MB", "ms", "PSNR dB", "SSIM", "predicted ms",
-                      "validation dB", "fine-tuned"], rows), PAPER_TABLE_3,
+                      "validation dB", "fine-tuned", *["peak MB"] * bool(hub)], rows), PAPER_TABLE_3,
             f"Options in the order of the sites: {', '.join(found['sites'])}. PSNR and SSIM on test. "
             f"Predicted are the blocks at the sites {rest}{f', all times {drift:.2f}' * (drift != 1)}."]
 

@@ -1263,7 +1263,11 @@ class AIHub(unittest.TestCase):
             self.assertAlmostEqual(told[key], hwdeblur.psnr(*map(hwdeblur.quantize, (x, y))).item(), places=4)
         self.assertRegex(report, r"- base: the device's pictures have \d+.\d dB against ours, which is less")
         self.assertRegex(report, r"\| base +\| 2 +\| +\d+\.\d\d")
-        self.assertRegex(report, r"peak MB")
+        table_3 = report.split("## Table 3")[1].split("| published, on")[0].splitlines()
+        peaks = {row.split("|")[1].strip(): row.split("|")[-2].strip() for row in table_3 if row.count("|") > 2}
+        hub = metrics["sums"]["hub"]
+        self.assertEqual([peaks[""], peaks["base"], next(v for k, v in peaks.items() if "(chosen)" in k)],
+                         ["peak MB", *(f"{hub[net]['peak_mb']:.0f}" for net in ("base", "chosen"))])
         self.assertIn("falls back to the CPU", report)
         self.assertIn(f"times {table['scale']:.2f}, since together they take longer alone", report)
         self.assertEqual(hwdeblur.main([*args, "control", "--controls", "1"]), 0, self.said.getvalue())
