@@ -1264,7 +1264,8 @@ class AIHub(unittest.TestCase):
         self.assertRegex(report, r"- base: the device's pictures have \d+.\d dB against ours, which is less")
         self.assertRegex(report, r"\| base +\| 2 +\| +\d+\.\d\d")
         table_3 = report.split("## Table 3")[1].split("| published, on")[0].splitlines()
-        peaks = {row.split("|")[1].strip(): row.split("|")[-2].strip() for row in table_3 if row.count("|") > 2}
+        cells = [[cell.strip() for cell in row.split("|")] for row in table_3 if row.count("|") > 2]
+        peaks = {row[1]: row[-2] for row in cells}
         hub = metrics["sums"]["hub"]
         self.assertEqual([peaks[""], peaks["base"], next(v for k, v in peaks.items() if "(chosen)" in k)],
                          ["peak MB", *(f"{hub[net]['peak_mb']:.0f}" for net in ("base", "chosen"))])
