@@ -2401,6 +2401,29 @@ class OneNet(unittest.TestCase):
             for nets in adapted["scores"].values():
                 self.assertEqual([net.blocks()["enc0.0"].window for net in nets.values()], [window] * 2)
 
+    def test_controls_are_timed_and_scored_with_the_window_and_trained_from_scratch_without(self):
+        net, seen = small_net(enc=(1, 1)), []
+        blocks.set_window(net, 12)
+        expected = {site: block.window for site, block in net.blocks().items()}
+        windows = lambda net: {site: getattr(block, "window", expected[site])
+                               for site, block in net.blocks().items()}
+        arch = {**as_base(net)["arch"], "window": 12}
+        config = hwdeblur.Config(tlc=True, crop=8, frame=(16, 16), base_steps=0, finetune_steps=0)
+        pairs = [tuple(images(3, 16, 16, seed=i).mul(255).byte() for i in (0, 1))]
+        out = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        job = hwdeblur.Job(config, lambda split: pairs, "cpu", out, {"stage": "control"})
+        time_whole = lambda job, table, nets: (seen.extend(nets.values()) or dict.fromkeys(nets, 1.0), 0, 0)
+        with mock.patch.object(hwdeblur, "time_whole", time_whole):
+            hwdeblur.as_fast(job, {}, arch, net, {"chosen": net}, ["mid.0"])
+        self.assertEqual([windows(each) for each in seen], [expected] * 5)
+        control, train = {"name": "x", "choice": {}, "width": 2, "scratch": True}, blocks.train
+        seen.clear()
+        with mock.patch.object(blocks, "train", lambda net, *more: seen.append(windows(net))
+                               or train(net, *more)):
+            tuned, _ = quiet(hwdeblur.trained_control, job, net, {}, arch, control)
+        self.assertEqual(seen, [dict.fromkeys(expected), expected])
+        self.assertEqual((windows(tuned), tuned.intro.out_channels), (expected, 2))
+
     def test_whole_nets_are_timed_as_they_are_scored_and_without_the_window_for_comparison(self):
         net, timed, scored = small_net(enc=(1, 1)), {}, {}
         base = as_base(net)
