@@ -3060,15 +3060,22 @@ class Whole(unittest.TestCase):
         self.assertEqual(list(dict.fromkeys(seeds)), [0, 1, 2, 4])
 
     def test_controls_are_trained_alike_and_shown(self):
-        out, trained, train = self.copied("control"), [], blocks.train
-        flags = ["--target", "paper", *TINY, "--controls", 2]
+        out, trained, train, scored = self.copied("control"), [], blocks.train, []
+        flags, crops, scorer = ["--target", "paper", *TINY, "--controls", 2], hwdeblur.crops, hwdeblur.scorer
 
         def watched(net, batch_at, steps, lr, *more, **each):
             if not each:                          # not the four steps that tell how long it will take
-                trained.append((steps, lr, batch_at(0)[0].sum().item(), more[4:]))
+                trained.append((steps, lr, seed, batch_at(0)[0].sum().item(), more[4:]))
             return train(net, batch_at, steps, lr, *more, **each)
 
-        with mock.patch.object(blocks, "train", watched):
+        def noting(pairs, *args):
+            nonlocal seed
+            seed = args[0]
+            return crops(pairs, *args)
+
+        seed = None
+        with mock.patch.object(blocks, "train", watched), mock.patch.multiple(
+                hwdeblur, crops=noting, scorer=lambda *args: scored.extend(args[3]) or scorer(*args)):
             printed, said = self.done("--stage", "control", *flags, out=out)
         art = json.loads((out / "control.json").read_text())
         rows = {row["name"]: row for row in art["rows"]}
@@ -3088,6 +3095,10 @@ class Whole(unittest.TestCase):
             for key in ("psnr_db", "ssim", "params", "gmacs"):
                 self.assertEqual(rows[name][key], metrics[name][key])
         self.assertEqual(rows["chosen"]["choice"], tuned["choice"])
+        for key in ("val_before_db", "val_after_db"):
+            self.assertEqual(rows["chosen"][key], tuned["candidates"][tuned["picked"]][key])
+        base_db = json.loads((out / "search.json").read_text())["base_val_db"]
+        self.assertAlmostEqual(rows["base, more steps"]["val_before_db"], base_db, places=5)
         self.assertEqual(rows["chosen, from scratch"]["params"], rows["chosen"]["params"])
         gap = metrics["base"]["psnr_db"] - metrics["chosen"]["psnr_db"]
         self.assertAlmostEqual(rows["base"]["ahead_db"], gap, places=6)
@@ -3122,13 +3133,25 @@ class Whole(unittest.TestCase):
 
         def fails(job, start, steps, lr, label, *more):
             if label == "control: narrower":
-                raise hwdeblur.InputError("narrower diverged")
+                raise hwdeblur.InputError(why)
             return trained(job, start, steps, lr, label, *more)
 
+        flags, why = ("--stage", "control", "--target", "paper", *TINY), "narrower met a broken image"
         with mock.patch.object(hwdeblur, "trained", fails):
-            printed, said = self.done("--stage", "control", "--target", "paper", *TINY, out=out)
+            self.refused(why, *flags, out=out)
+            with mock.patch.object(hwdeblur, "control_plan", side_effect=AssertionError):
+                self.refused(why, *flags, out=out)             # planned once
+        (out / "control.plan.part").unlink()      # another plan, and what was trained for the first is void
+        why = "narrower diverged"
+        with mock.patch.multiple(hwdeblur, trained=fails, as_fast=lambda *args: (2, ["mid.0", "enc0.0"])):
+            printed, said = self.done(*flags, out=out)
+        self.assertRegex(said, r"more-steps.part was made from another the plan and counts for nothing")
         self.assertIn("narrower diverged; so this control is left out", said)
         self.assertRegex(printed, r"\| narrower +\| diverged +\|")
+        rows = {row["name"]: row for row in json.loads((out / "control.json").read_text())["rows"]}
+        base = hwdeblur.base_net(torch.load(out / "base.pt", weights_only=True))
+        gone = [blocks.count_params(base.blocks()[site]) for site in ("mid.0", "enc0.0")]
+        self.assertEqual(rows["shallower"]["params"], rows["base"]["params"] - sum(gone))
 
     def test_controls_that_were_cut_off_keep_what_was_trained(self):
         out, trained, calls = self.copied("cut_control"), hwdeblur.trained, []
