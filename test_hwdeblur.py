@@ -1168,6 +1168,40 @@ class AIHub(unittest.TestCase):
         with self.assertRaisesRegex(profile_device.HubError, "base net does not run .*operator unknown"):
             self.table("mid.0", inside=True, runtime="onnx")
 
+    def test_stage_profile_passes_on_how_and_calibrates_with_blurred_training_images(self):
+        config = hwdeblur.Config(target="qai-hub", hub_device="D", hub_runtime="onnx", hub_precision="w8a16",
+                                 hub_options="--x", hub_blocks="net", frame=(16, 12), calibration=2)
+        train = [tuple(images(3, 20, side, seed=side + j).mul(255).byte() for j in (0, 9))
+                 for side in (20, 15, 6)]
+        job, asked = hwdeblur.Job(config, {"train": train}.get, "cpu", Path("o"), {}, True), []
+        with mock.patch.object(profile_device, "latency_table",
+                               lambda *args, **more: asked.append((args, more["hub"])) or {}):
+            hwdeblur.stage_profile(job, as_base(self.net), {"sites": ["mid.0"]})
+        (args, how), = asked
+        self.assertIs(args[5], blocks.deploy)
+        large, narrow = how.pop("calibration")()
+        np.testing.assert_allclose(large[0], train[0][1][:, 2:18, 4:16] / 255)          # the middle
+        np.testing.assert_allclose(narrow[0, ..., :6], train[2][1][:, 2:18] / 255)
+        np.testing.assert_array_equal(narrow[..., 6:], narrow[..., 5::-1])              # mirrored beyond it
+        self.assertEqual(how, {"device": "D", "runtime": "onnx", "precision": "w8a16", "options": "--x",
+                               "force": True, "jobs": Path("o", "profile_jobs.json"), "inside": True})
+
+    def test_a_devices_pictures_are_rounded_and_may_have_their_channels_last(self):
+        pairs = [tuple(images(3, 8, 8, seed=2 * i + j).mul(254).byte() for j in (0, 1)) for i in range(3)]
+        job = hwdeblur.Job(hwdeblur.Config(frame=(8, 8)), {"val": pairs}.get, "cpu", None, {})
+        data = hwdeblur.judged(job, nn.Identity(), None, count=2)
+        for given, (_, blur) in zip(data.inputs, (pairs[0], pairs[2]), strict=True):
+            np.testing.assert_allclose(given[0], blur / 255)
+        near = [x + 0.001 for x in data.inputs]
+        sharp = torch.stack([pairs[0][0], pairs[2][0]]) / 255
+        db = hwdeblur.psnr(torch.from_numpy(np.concatenate(data.inputs)), sharp).item()
+        for outputs in (near, [x.transpose(0, 2, 3, 1) for x in near]):
+            found = data.judge(outputs)
+            self.assertEqual((found["pairs"], found["agreement_db"]), (2, 100))
+            self.assertAlmostEqual(found["device_db"], db, places=4)
+            self.assertAlmostEqual(found["here_db"], db, places=4)
+        self.assertTrue(math.isnan(data.judge([x[:, :, 1:] for x in near])["device_db"]))
+
     def test_pictures_that_are_not_numbers_are_told_and_old_metrics_have_none(self):
         picture = {"pairs": 1, "device_db": math.nan, "here_db": 30.0, "agreement_db": math.nan}
         result = {**profile_device.NOTHING, "ms": 2.0, "layers": [{"compute_unit": "NPU"}], "url": "u",
@@ -1256,11 +1290,14 @@ class AIHub(unittest.TestCase):
         val = hwdeblur.split_pairs(hwdeblur.Config(made_size=48, made_test=2), "val")
         sharp, blur = (torch.cat([torch.from_numpy(hwdeblur.at_frame(image, (32, 32))) for image in side])
                        for side in zip(*val))
-        base = hwdeblur.base_net(torch.load(out / "base.pt", weights_only=True))
-        told = metrics["sums"]["hub"]["base"]["pictures"]
-        for key, x, y in (("device_db", blur, sharp), ("here_db", base(blur), sharp),
-                          ("agreement_db", blur, base(blur))):        # the hub gives back what it gets
-            self.assertAlmostEqual(told[key], hwdeblur.psnr(*map(hwdeblur.quantize, (x, y))).item(), places=4)
+        nets = {"base": hwdeblur.base_net(torch.load(out / "base.pt", weights_only=True)),
+                "chosen": hwdeblur.chosen_net(torch.load(out / "finetuned.pt", weights_only=True))}
+        for name, net in ((name, blocks.deploy(net)) for name, net in nets.items()):
+            told = metrics["sums"]["hub"][name]["pictures"]
+            for key, x, y in (("device_db", blur, sharp), ("here_db", net(blur), sharp),
+                              ("agreement_db", blur, net(blur))):      # the hub gives back what it gets
+                db = hwdeblur.psnr(*map(hwdeblur.quantize, (x, y))).item()
+                self.assertAlmostEqual(told[key], db, places=4)
         self.assertRegex(report, r"- base: the device's pictures have \d+.\d dB against ours, which is less")
         self.assertRegex(report, r"\| base +\| 2 +\| +\d+\.\d\d")
         table_3 = report.split("## Table 3")[1].split("| published, on")[0].splitlines()
