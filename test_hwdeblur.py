@@ -242,6 +242,19 @@ class Magnitudes(unittest.TestCase):
         net[0].weight.data[0] = math.nan
         self.assertEqual(blocks.magnitudes(net, [x])["Sequential.0: convolution"], math.inf)
 
+    def test_a_sum_alone_makes_layer_norms_divide_by_as_much_as_it_takes(self):
+        net = nn.Sequential(nn.Conv2d(3, 4, 1), blocks.LayerNorm2d(4))
+        net[0].bias.data, pairs = torch.tensor([4e4, 4e4 + 8, 4e4, 4e4]), [(torch.zeros(3, 4, 4).byte(),) * 2]
+        for target, told in (("local", []), ("qai-hub", [
+                "layer norms divide by 4 first: Sequential.1: sum in layer norm, would reach 1.6e+05 in "
+                "float16"])):
+            job = hwdeblur.Job(hwdeblur.Config(target=target), lambda split: pairs, "cpu", None, {})
+            nets, lines = quiet(hwdeblur.deployed_nets, job, {"a": net})
+            self.assertEqual(lines, {"a": told})
+        deployed = nets["a"]
+        found = blocks.magnitudes(deployed, [hwdeblur.as_batch([pairs[0][1]])])
+        self.assertEqual(found["Sequential.1: sum in layer norm"], 4e4 + 2)
+
 
 class Saliency(unittest.TestCase):
     """The net's own 64-bit copy and one layer at a time, by finite differences or explicit loops."""
@@ -1457,6 +1470,13 @@ class Metrics(unittest.TestCase):
             self.assertAlmostEqual(value, np.mean([score[key] for score in one_by_one]), places=4)
 
 
+    def test_outputs_are_clamped_and_rounded_to_8_bits_before_they_are_scored(self):
+        sharp = torch.tensor([0, 100, 255]).byte().view(3, 1, 1).expand(3, 12, 12)
+        output = torch.tensor([-0.5, 100.4 / 255, 1.5]).view(1, 3, 1, 1)
+        score = hwdeblur.evaluate(lambda x: output.expand(x.shape), [(sharp, 255 - sharp)])
+        self.assertEqual((score["psnr_db"], round(score["ssim"], 9)), (math.inf, 1))
+
+
 class Data(unittest.TestCase):
     def setUp(self):
         self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -2488,6 +2508,7 @@ class OneNet(unittest.TestCase):
         for name in ("base", "chosen"):
             self.assertEqual(windows(timed[name]), [12, 6, 3, 6, 12])
             self.assertIn(id(timed[name]), scored)
+        self.assertFalse(any(isinstance(m, nn.BatchNorm2d) for net in timed.values() for m in net.modules()))
         self.assertEqual(windows(timed["global attention"]), [None] * 5)
         self.assertTrue(all(windows(net) == [12, 6, 3, 6, 12] or 0 in windows(net)
                             for name, net in timed.items() if name != "global attention"))
