@@ -2316,6 +2316,26 @@ class Choice(unittest.TestCase):
             self.assertEqual(loss_db, math.inf)
         self.assertEqual(hwdeblur.wished(hwdeblur.Config(max_loss_db=0.1), table), (0.1, math.inf))
 
+    def test_a_wish_that_nothing_meets_names_what_exceeds_it_least(self):
+        rows = [(0.5, 30.0), (1.5, 12.0), (3.0, 5.0)]
+        for more, nearest in (({"max_ms": 10, "max_loss_db": 1.0}, "12 ms and to lose 1.5 dB"),
+                              ({"max_ms": 4}, "5 ms and to lose 3 dB"),
+                              ({"max_loss_db": 0.1}, "30 ms and to lose 0.5 dB")):
+            with self.assertRaisesRegex(hwdeblur.InputError, f"the nearest is predicted to take {nearest}"):
+                hwdeblur.refuse_wish(hwdeblur.Config(**more), rows)
+
+    def test_what_other_wishes_would_have_given(self):
+        Y = ((0.0, 1.0), (0.05, 0.8), (0.08, 0.6), (0.25, 0.4), (2.0, 0.1))
+        rows = [{"options": [i], "loss_db": y[0], "penalty": y[1], "latency_ms": 10 * y[1]}
+                for i, y in enumerate(Y)]
+        found = {"evaluations": rows, "front": [4, 3, 2, 1, 0], "gain_db": 1.0}
+        told = hwdeblur.wish_list(found).splitlines()
+        self.assertEqual(told[2:], ["- the knee: 6 ms, 0.08 dB lost",
+                                    "- `--max-loss-db 0.1`: 6 ms, 0.08 dB lost",
+                                    "- `--max-loss-db 0.3`: 4 ms, 0.25 dB lost"])
+        self.assertIn("the base takes 10 ms", told[0])
+        self.assertTrue(hwdeblur.wish_list({**found, "front": [3, 0]}).splitlines()[3].endswith("nothing"))
+
     def test_near_best_is_the_fastest_within_a_tenth_of_a_db(self):
         rows = [{"val_after_db": db, "latency_ms": ms} for db, ms in ((30.0, 9), (29.92, 8), (29.85, 7))]
         for pick, n in (("best", 0), ("near-best", 1), ("fastest", 2)):
