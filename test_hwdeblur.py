@@ -1824,14 +1824,52 @@ class Report(unittest.TestCase):
         rows = [{"options": [0], "latency_ms": 10.0, "loss_db": 0.0},
                 {"options": [1], "latency_ms": 4.0, "loss_db": 0.5}]
         found = {"evaluations": rows, "base_val_db": 30.0, "sites": ["mid.0"]}
-        tuned = {"candidates": [{**rows[1], "val_before_db": 29.5, "val_after_db": 29.75}], "picked": 0}
+        tuned = {"candidates": [{**rows[1], "val_before_db": 29.5, "val_after_db": 29.75},
+                                {**rows[1], "val_before_db": 28.5, "val_after_db": 28.75}], "picked": 0}
         picture = "".join(hwdeblur.front_picture(found, tuned, 2.0).split("tspan"))
-        self.assertRegex(picture, "(?s)20.0 ms, 0.00 dB.*8.0 ms, 0.50 dB")
+        self.assertRegex(picture, "(?s)20.0 ms, 0.00 dB.*8.0 ms, 0.50 dB.*fine-tuned: 0.25 dB")
         net = dict(params=1, mb=1.0, gmacs=1.0, ssim=1.0, psnr_db=1.0, latency_ms=20.0, predicted_ms=20.0)
         evaluated = {"base": net, "chosen": net, "sums": {"drift": 2.0}}
         text = hwdeblur.nets_section(evaluated, tuned, found, {"rest_ms": 3.0}, 1)
         self.assertRegex(text[2], r"\| candidate 1 \(chosen\) .*\| 8.0 +\| 29.50")
+        self.assertRegex(text[2], r"\| candidate 2 +\| 1 +(\| +){5}\| 8.0 +\| 28.50 +\| 28.75")
         self.assertRegex(text[4], "plus 3.0 ms for the rest of the net, all times 2.00")
+
+    def cells(self, table):
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+
+    def test_the_option_that_is_fastest_at_most_sites_is_named(self):
+        table = {"options": ["NAFBlock", "B", "C"], "frame": [8, 8],
+                 "sites": {"a": [3.0, 1.0, None], "b": [3.0, 2.0, 1.0], "c": [3.0, 1.0, 2.0]}}
+        _, words, text = hwdeblur.latency_section(table)
+        self.assertIn("B is the fastest option at 2 of 3 sites", words)
+        self.assertEqual(self.cells(text)[0], ["a", "3.00", "1.00", "unavailable"])
+
+    def test_sums_are_shown_as_profiled_at_the_pace_of_the_measurement_and_measured(self):
+        sums = {"rows": [{"net": "a", "predicted_ms": 20.0, "measured_ms": 16.0}], "drift": 2.0, "tau": None,
+                "repeat_tau": None, "mean_relative_error": 0.25, "error_as_profiled": 0.375,
+                "measured_on": {"frame": [8, 8]}}
+        _, words, _, text = hwdeblur.sums_section(sums)
+        self.assertIn("mean relative error 25.0%; without the drift, 37.5%.", words)
+        self.assertEqual(self.cells(text), [["a", "10.0", "20.0", "16.0", "+25.0%"]])
+
+    def test_further_test_sets_have_a_row_for_each_net(self):
+        score = lambda db: {"psnr_db": db, "ssim": db / 100}
+        tests = {name: {"pairs": 3, "blurred": score(at), "base": score(at + 2), "chosen": score(at + 1)}
+                 for name, at in (("DPDD-indoor", 10), ("x", 20), ("y", 30))}
+        nets = {"base": {"gmacs": 2.0}, "chosen": {"gmacs": 1.0}}
+        _, _, four, _, _, _, five, _ = hwdeblur.test_tables(tests, nets, [8, 16])
+        self.assertEqual(self.cells(four), [["blurred, here", "20.00/.200", "30.00/.300", ""],
+                                            ["base, here", "22.00/.220", "32.00/.320", "2.0"],
+                                            ["chosen, here", "21.00/.210", "31.00/.310", "1.0"]])
+        self.assertEqual([row[1] for row in self.cells(five)], ["10.00/.100", "12.00/.120", "11.00/.110"])
+
+    def test_samples_are_of_the_base_net_then_of_the_chosen_one(self):
+        pair = tuple(images(3, 16, 16, seed=seed).mul(255).byte() for seed in (0, 1))
+        black, white = torch.zeros_like, torch.ones_like
+        picture = np.array(hwdeblur.samples_picture([("a", pair)], black, white, "cpu", side=8))
+        for x, values in ((52, {0}), (72, {255})):
+            self.assertEqual(set(picture[38:46, x:x + 8].ravel().tolist()), values)
 
     def test_a_base_that_is_alone_on_the_front_is_named(self):
         rows = [{"options": [0], "loss_db": 0.0, "penalty": 1.0, "latency_ms": 5.0}, {"options": [1]}]
@@ -2053,8 +2091,8 @@ class Training(unittest.TestCase):
         lines = hwdeblur.gain_table(found).splitlines()
         head, _, _, *rows = [[cell.strip() for cell in line.split("|")] for line in lines]
         base, chosen = (dict(zip(head, row)) for row in rows)
-        self.assertEqual([(row["measured ms"], row["predicted ms"]) for row in (base, chosen)],
-                         [("100.0", "90.0"), ("50.0", "60.0")])
+        told = [[row[key] for key in ("measured ms", "predicted ms", "PSNR dB")] for row in (base, chosen)]
+        self.assertEqual(told, [["100.0", "90.0", "30.00"], ["50.0", "60.0", "29.50"]])
 
     def test_the_card_tells_of_this_net_at_this_frame_alone(self):
         hwdeblur.saved(self.out / "metrics.json", {
@@ -2799,8 +2837,13 @@ class Whole(unittest.TestCase):
         self.assertAlmostEqual(metrics["chosen"]["psnr_db"], np.mean(values), places=2)
 
     def test_finished_stages_are_reused_and_other_flags_refused(self):
-        before = (self.out / "base.pt").stat().st_mtime_ns
-        _, said = self.done("--stage", "all", "--target", "paper", *TINY)
+        before, nets, picture = (self.out / "base.pt").stat().st_mtime_ns, [], hwdeblur.samples_picture
+        with mock.patch.object(hwdeblur, "samples_picture",
+                               lambda *args: nets.extend(args[1:3]) or picture(*args)):
+            _, said = self.done("--stage", "all", "--target", "paper", *TINY)
+        metrics = json.loads((self.out / "metrics.json").read_text())
+        self.assertEqual([blocks.count_params(net) for net in nets],
+                         [metrics[name]["params"] for name in ("base", "chosen")])
         self.assertEqual((self.out / "base.pt").stat().st_mtime_ns, before)
         self.assertEqual(self.stages(said, "reused"), list(hwdeblur.STAGES)[:-1])
         self.refused("--base-lr 0.002, not 0.5", "--stage", "all", "--target", "paper", *TINY, "--base-lr",
