@@ -2784,6 +2784,9 @@ class Whole(unittest.TestCase):
             self.assertLess(set(hwdeblur.taken_back(rows[i]).values()), set(rows))
         Y = [(row["loss_db"], row["penalty"]) for row in found["evaluations"]]
         self.assertEqual(sorted(found["front"]), np.flatnonzero(search.pareto_mask(Y)).tolist())
+        val = quiet(hwdeblur.split_pairs, hwdeblur.Config(made_test=2, made_size=48), "val")
+        blurred_db = hwdeblur.evaluate(None, val)["psnr_db"]
+        self.assertAlmostEqual(found["gain_db"], found["base_val_db"] - blurred_db)
         self.assertAlmostEqual(found["evaluations"][0]["loss_db"], 0)
         self.assertAlmostEqual(found["evaluations"][0]["penalty"], 1)
         self.assertEqual(self.stages(self.said, "written,"), list(hwdeblur.STAGES))
@@ -3351,6 +3354,22 @@ class Whole(unittest.TestCase):
         out, flags = self.copied("force"), ("--stage", "evaluate", "--target", "paper", *TINY)
         self.assertEqual(self.stages(self.done(*flags, out=out)[1], "written,"), [])
         self.assertEqual(self.stages(self.done(*flags, "--force", out=out)[1], "written,"), ["evaluate"])
+
+    def test_force_is_for_the_latencies_of_the_stage_that_is_asked_for(self):
+        for stage, name in (("all", "profile"), ("profile", "profile"), ("evaluate", "evaluate"),
+                            ("control", "control"), ("search", None)):
+            anew = []
+            with mock.patch.multiple(hwdeblur, conclude=lambda *args: None,
+                                     prepared=lambda *args: args[5] and anew.append(args[1]) or None):
+                hwdeblur.run(hwdeblur.Config(), stage, self.out, force=True)
+            self.assertEqual(anew, [name] * bool(name))
+
+    def test_whole_nets_are_timed_on_the_machine_of_the_table_alone(self):
+        out = self.copied("other_machine")
+        (out / "metrics.json").unlink()
+        for stage in ("control", "evaluate"):
+            with mock.patch.object(hwdeblur, "same_machine", side_effect=hwdeblur.InputError("another one")):
+                self.refused("another one", "--stage", stage, "--target", "paper", *TINY, out=out)
 
     def test_what_is_predicted_is_of_the_chosen_net(self):
         tuned = torch.load(self.out / "finetuned.pt", weights_only=True)
