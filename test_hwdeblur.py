@@ -78,6 +78,17 @@ def images(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+class Watched:
+    """A configuration that notes which of its entries are read."""
+
+    def __init__(self, config, read):
+        self.config, self.read = config, read
+
+    def __getattr__(self, name):
+        self.read.add(name)
+        return getattr(self.config, name)
+
+
 def same(a, b):
     """Whether two dicts hold the same tensors, bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
@@ -1186,7 +1197,8 @@ class AIHub(unittest.TestCase):
                                  hub_options="--x", hub_blocks="net", frame=(16, 12), calibration=2)
         train = [tuple(images(3, 20, side, seed=side + j).mul(255).byte() for j in (0, 9))
                  for side in (20, 15, 6)]
-        job, asked = hwdeblur.Job(config, {"train": train}.get, "cpu", Path("o"), {}, True), []
+        asked, read = [], set()
+        job = hwdeblur.Job(Watched(config, read), {"train": train}.get, "cpu", Path("o"), {}, True)
         with mock.patch.object(profile_device, "latency_table",
                                lambda *args, **more: asked.append((args, more["hub"])) or {}):
             hwdeblur.stage_profile(job, as_base(self.net), {"sites": ["mid.0"]})
@@ -1198,6 +1210,7 @@ class AIHub(unittest.TestCase):
         np.testing.assert_array_equal(narrow[..., 6:], narrow[..., 5::-1])              # mirrored beyond it
         self.assertEqual(how, {"device": "D", "runtime": "onnx", "precision": "w8a16", "options": "--x",
                                "force": True, "jobs": Path("o", "profile_jobs.json"), "inside": True})
+        self.assertLessEqual(read, set(hwdeblur.relevant(config, "profile")))
 
     def test_a_devices_pictures_are_rounded_and_may_have_their_channels_last(self):
         pairs = [tuple(images(3, 8, 8, seed=2 * i + j).mul(254).byte() for j in (0, 1)) for i in range(3)]
@@ -1689,7 +1702,9 @@ class Data(unittest.TestCase):
         self.folder([f"{i}.png" for i in range(4)], "train")
         config = hwdeblur.Config(data=str(self.root), crop=16, made_train=9, made_size=16)
         mixed, again = (quiet(hwdeblur.training_pairs, config) for _ in range(2))
-        own = hwdeblur.split_pairs(config, "train")
+        own, read = hwdeblur.split_pairs(config, "train"), set()
+        quiet(hwdeblur.training_pairs, Watched(config, read))
+        self.assertLessEqual(read - {"from_"}, set(hwdeblur.relevant(config, "base")))
         self.assertEqual([mixed.count(pair) for pair in own], [3] * 3)
         self.assertEqual(sum(torch.is_tensor(pair[0]) for pair in mixed), 9)
         for a, b in zip(mixed, again):
@@ -2509,8 +2524,10 @@ class OneNet(unittest.TestCase):
             self.assertIsNone(quiet(hwdeblur.stage_adapt, job._replace(config=config))["arch"]["window"])
         for more, window in (({}, 12), ({"tlc": True}, 24)):           # a net that was found keeps its window
             config = hwdeblur.Config(from_=str(out / "finetuned.pt"), crop=16, finetune_steps=0, **more)
+            read = set()
             with mock.patch.object(hwdeblur, "score_nets", lambda nets, *rest: nets):
-                adapted = quiet(hwdeblur.stage_adapt, job._replace(config=config))
+                adapted = quiet(hwdeblur.stage_adapt, job._replace(config=Watched(config, read)))
+            self.assertLessEqual(read - {"workers"}, set(hwdeblur.relevant(config, "finetune")))
             self.assertEqual(adapted["arch"]["window"], window)
             self.assertIn(f"a local window of {window} pixels", adapted["protocol"])
             for nets in adapted["scores"].values():
@@ -2891,6 +2908,8 @@ class Whole(unittest.TestCase):
         files, stops = [p.name for p in self.out.iterdir()], (2, 3, len(added) - 1)
         again, scored, _ = self.searched("going_on_cut_off", *more, files=files, stops=stops)
         self.assertEqual((again, scored), (whole, added))
+        fewer, *_ = self.searched("fewer", "--evaluations", 20, "--candidates", 1, files=files)
+        self.assertEqual((fewer["proposed"], fewer["evaluations"][:20]), (20, before[:20]))
 
     def test_candidates_are_what_was_wished_for(self):
         files = [path.name for path in self.out.iterdir()]
@@ -3167,11 +3186,12 @@ class Whole(unittest.TestCase):
                          {path.name: path.read_bytes() for path in whole.iterdir()})
 
     def test_each_stage_has_its_own_splits_and_seed(self):
-        asked, seeds, Job, crops = set(), [], hwdeblur.Job, hwdeblur.crops
+        asked, seeds, Job, crops, read = set(), [], hwdeblur.Job, hwdeblur.crops, {}
 
         def watched(config, pairs, device, out, head, anew):
             look = lambda split: asked.add((head["stage"], split)) or pairs(split)
-            return Job(config, look, device, out, head, anew)
+            read[head["stage"]] = set(), set(head["config"])
+            return Job(Watched(config, read[head["stage"]][0]), look, device, out, head, anew)
 
         with mock.patch.object(hwdeblur, "Job", watched), mock.patch.object(
                 hwdeblur, "crops", lambda pairs, seed, *more: seeds.append(seed)
@@ -3182,6 +3202,9 @@ class Whole(unittest.TestCase):
                                  ("search", "val"), ("finetune", "train"), ("finetune", "val"),
                                  ("evaluate", "test"), ("report", "test")})
         self.assertEqual(list(dict.fromkeys(seeds)), [0, 1, 2, 4])
+        for stage, (entries, noted) in read.items():           # what a stage reads its artefact tells
+            self.assertEqual(entries - noted - {"workers"} if stage != "report" else set(), set(), stage)
+        self.assertLess({"target", "frame"}, read["profile"][0])
 
     def test_controls_are_trained_alike_and_shown(self):
         out, trained, train, scored = self.copied("control"), [], blocks.train, []
@@ -3197,11 +3220,13 @@ class Whole(unittest.TestCase):
             seed = args[0]
             return crops(pairs, *args)
 
-        seed = None
+        seed, read, Job = None, set(), hwdeblur.Job
         with mock.patch.object(blocks, "train", watched), mock.patch.multiple(
-                hwdeblur, crops=noting, scorer=lambda *args: scored.extend(args[3]) or scorer(*args)):
+                hwdeblur, crops=noting, scorer=lambda *args: scored.extend(args[3]) or scorer(*args),
+                Job=lambda config, *args: Job(Watched(config, read), *args)):
             printed, said = self.done("--stage", "control", *flags, out=out)
         art = json.loads((out / "control.json").read_text())
+        self.assertLessEqual(read - {"workers"}, set(art["config"]))
         rows = {row["name"]: row for row in art["rows"]}
         self.assertEqual(list(rows), ["base", "base, more steps", "chosen", "narrower", "shallower",
                                       "one option everywhere", "budgeted sum", "random 1", "random 2",
@@ -3246,6 +3271,7 @@ class Whole(unittest.TestCase):
             self.assertEqual(found["critical"], kept or blocks.critical_stages(found["scores"]))
             stages = {site.split(".")[0] for site in found["sites"]}
             self.assertEqual((len(found["sites"]), stages & set(kept)), (left, set()))
+            self.refused(f"--keep {count}, not 5", "--stage", "saliency", *flags, "--keep", 5, out=out)
             if count == 1:
                 self.done("--stage", "profile", *flags, "--keep", count, out=out)
                 self.assertEqual(json.loads((out / "profile.json").read_text())["options"][-1], "NoBlock")
