@@ -1253,6 +1253,31 @@ class AIHub(unittest.TestCase):
         profile_device.profile_hub({"a": entry}, jobs=self.jobs)
         self.assertEqual(len(self.hub.jobs), 4)
 
+    def test_a_result_belongs_to_its_device_runtime_precision_and_data(self):
+        x = np.ones((1, 3, 4, 4), np.float32)
+
+        def jobs(value=0, **how):
+            before = len(self.hub.jobs)
+            data = profile_device.Data(lambda: [value * x], (x,), lambda outputs: {})
+            profile_device.profile_hub({"a": (*self.convs[1], data)}, jobs=self.jobs, **how)
+            return len(self.hub.jobs) - before
+
+        self.assertEqual([jobs(), jobs(device="Google Pixel 9"), jobs(runtime="qnn_dlc"), jobs(1)],
+                         [2, 2, 2, 0])
+        for precision in ("w8a8", "w8a16"):
+            self.assertEqual([jobs(v, precision=precision) for v in (0, 1, 1)], [4, 4, 0])
+
+    def test_no_branch_is_zero_where_it_is_timed_and_nets_are_calibrated_with_whole_images(self):
+        for inside in (False, True):
+            self.table("mid.0", numbers=[1], inside=inside, precision="w8a8", calibration=self.calibration)
+        programs = [torch.export.load(io.BytesIO(self.hub.models[job.compile_job.model.model_id]))
+                    for job in self.hub.jobs if job.compile_job.options == "--target_runtime onnx"]
+        self.assertEqual(len(programs), 4)        # two blocks, the net, the net with one of them
+        for program in programs:
+            self.assertTrue(all(p.any() for p in program.parameters()))
+        last = next(job.quantize_job for job in self.hub.jobs[::-1] if job.HasField("quantize_job"))
+        np.testing.assert_array_equal(self.hub.data(last.calibration_dataset.dataset_id), self.calibration())
+
     def test_table_holds_the_hubs_times_and_equal_blocks_are_submitted_once(self):
         table, n = self.table("enc0.0", "dec0.0"), 1 + len(blocks.BLOCKS)
         row = [blocks.new_surrogate(self.net, "enc0.0", k, 0) for k in range(len(blocks.BLOCKS))]
