@@ -373,7 +373,16 @@ class Distillation(unittest.TestCase):
                 self.assertAlmostEqual(curve[0], 1, places=5)
                 self.assertLess(curve[-1], 0.9)
         self.assertTrue(all(not m.training for row in surrogates.values() for m in row.values()))
+        modules = nn.ModuleList(student for row in surrogates.values() for student in row.values()).modules()
+        norms = [m for m in modules if isinstance(m, nn.BatchNorm2d)]
+        self.assertEqual({norm.num_batches_tracked.item() for norm in norms}, {60})
         self.assertTrue(same(self.net.state_dict(), before) and torch.equal(state, torch.get_rng_state()))
+
+    def test_each_surrogate_starts_from_weights_of_its_own(self):
+        first = lambda *which: next(iter(convs(blocks.new_surrogate(self.net, *which)).values())).weight
+        starts = [first(*which).sum().item() for which in (
+            ("enc0.0", 1, 0), ("dec0.0", 1, 0), ("enc0.0", 2, 0), ("enc0.0", 1, 1), ("enc0.0", 1, 0))]
+        self.assertEqual((len(set(starts)), starts[0]), (4, starts[4]))
 
     def test_any_subset_and_a_pass_cut_off_anywhere_get_the_same_bits(self):
         states = []
@@ -912,6 +921,12 @@ class Profile(unittest.TestCase):
         a, b = ("a", (1, 1, 4, 4)), ("b", (1, 2, 4, 4))
         rounds = [tuple(visits[i:i + 2]) for i in range(0, 14, 2)]
         self.assertEqual(set(rounds), {(a, b), (b, a)})            # in either order
+
+    def test_the_first_call_of_a_visit_counts_only_where_it_is_alone(self):
+        for calls, expected in ((4, [3.0, 3.0]), (1, [1.0, 5.0])):
+            with mock.patch.object(profile_device, "call_ms", side_effect=[1.0, 5.0, 3.0, 4.0] * 2):
+                times = profile_device.time_together({0: (None, (1, 1, 2, 2))}, "cpu", 2, 0, calls)
+            self.assertEqual(times, {0: expected})
 
     def test_alone_is_another_process_with_as_many_threads(self):
         threads, state, x = torch.get_num_threads(), torch.get_rng_state(), images(1, 3, 8, 8)
@@ -2191,6 +2206,15 @@ class Training(unittest.TestCase):
             optimizer.step()
         for a, b in zip(got.parameters(), expected.parameters()):
             torch.testing.assert_close(a, b.detach(), rtol=0, atol=2e-5)
+
+    def test_training_leaves_the_statistics_of_distillation(self):
+        net = small_net()
+        student = randomized(blocks.new_surrogate(net, "mid.0", 1, 0))
+        net = blocks.assemble(net, {"mid.0": {1: student}}, {"mid.0": 1})
+        batch_at = lambda step: (images(1, 3, 8, 8), images(1, 3, 8, 8, seed=1))
+        got = blocks.train(net, batch_at, 1, 1e-2)
+        self.assertTrue(same(dict(got.named_buffers()), dict(net.named_buffers())) and list(got.buffers()))
+        self.assertFalse(same(got.state_dict(), net.state_dict()))
 
     def test_gradients_are_clipped_by_the_norm_of_all_and_the_loss_is_capped(self):
         """Two steps, as AdamW forgets the length of a gradient, but not how the second compares with it."""
