@@ -1195,6 +1195,8 @@ class AIHub(unittest.TestCase):
             net = blocks.deploy(blocks.assemble(self.net, surrogates, {site: k}))
             self.assertAlmostEqual(profile_device.network_ms(table, {site: k}), us(net) / 1000, msg=(site, k))
         self.assertEqual(len(self.hub.jobs), 2 * (1 + 2 * (len(options) - 1)))     # Gated is GatedBN, folded
+        for row in table["sites"].values():       # an equal share of the net, or more
+            self.assertGreater(row[0] + 1e-9, us(self.net) / 1000 / len(sites))
         fastest = {site: int(np.argmin(row)) for site, row in table["sites"].items()}
         self.assertGreater(profile_device.network_ms(table, fastest), 0)
         self.assertTrue(all(ms >= 0 for row in table["sites"].values() for ms in row))
@@ -1242,6 +1244,20 @@ class AIHub(unittest.TestCase):
             self.assertAlmostEqual(found["device_db"], db, places=4)
             self.assertAlmostEqual(found["here_db"], db, places=4)
         self.assertTrue(math.isnan(data.judge([x[:, :, 1:] for x in near])["device_db"]))
+
+    def test_equal_programs_have_equal_parts_settings_and_methods(self):
+        class Same(nn.Conv2d):
+            pass
+
+        class Other(nn.Conv2d):
+            def forward(self, x):
+                return x
+
+        plain = profile_device.printed(nn.Conv2d(2, 2, 3))
+        self.assertEqual(profile_device.printed(Same(2, 2, 3)), plain)
+        for other in (Other(2, 2, 3), nn.Conv2d(2, 2, 3, padding=1), nn.Sequential(nn.Conv2d(2, 2, 3))):
+            self.assertNotEqual(profile_device.printed(other), plain)
+        self.assertNotEqual(*(profile_device.printed(blocks.LayerNorm2d(n)) for n in (2, 3)))
 
     def test_pictures_that_are_not_numbers_are_told_and_old_metrics_have_none(self):
         picture = {"pairs": 1, "device_db": math.nan, "here_db": 30.0, "agreement_db": math.nan}
