@@ -421,7 +421,7 @@ class Comparison(unittest.TestCase):
             penalty, losses = ([rng.random(k) for k in (4, 3, 5, 4)] for _ in range(2))
             penalty[1][2], limit = math.inf, rng.uniform(0.5, 3)
             if n % 2:                             # nearly alike, and a limit that one of them just meets
-                losses = [1 + 1e-4 * loss for loss in losses]
+                losses = [10 - 0.01 * np.where(np.isfinite(p), p, 0) for p in penalty]
                 limit = search.total_penalty(penalty, rng.integers((4, 2, 5, 4))) + 1e-9
             cost = lambda options: search.total_penalty(losses, options)
             within = [o for o in itertools.product(range(4), range(3), range(5), range(4))
@@ -431,11 +431,12 @@ class Comparison(unittest.TestCase):
     def test_random_configurations_of_a_penalty_are_uniform(self):
         rng = np.random.default_rng(0)
         penalty = [np.array([1, 0.7, 0.5, 0.3, math.inf]) + 0.01 * rng.random(5) for _ in range(4)]
-        for target in (1.8, 3.2):
-            band = [o for o in itertools.product(range(4), repeat=4)
-                    if abs(search.total_penalty(penalty, o) - target) <= 0.03 * target]
-            self.assertEqual(sorted(search.random_at(penalty, target, 999, rng)), band)
-            drawn = [search.random_at(penalty, target, 1, rng)[0] for _ in range(20 * len(band))]
+        for d, target, share in ((4, 1.8, 0.03), (4, 3.2, 0.03), (3, 2.6, 0.2), (3, 1.3, 0.2)):
+            band = [o for o in itertools.product(range(4), repeat=d)
+                    if abs(search.total_penalty(penalty, o) - target) <= share * target]
+            at = functools.partial(search.random_at, penalty[:d], target, rng=rng, tolerance=share)
+            self.assertEqual(sorted(at(999)), band)
+            drawn = [at(1)[0] for _ in range(20 * len(band))]
             self.assertGreater(chisquare([drawn.count(o) for o in band]).pvalue, 1e-3)
         fastest = tuple(int(p.argmin()) for p in penalty)
         least = search.total_penalty(penalty, fastest)
