@@ -218,6 +218,9 @@ class Blocks(unittest.TestCase):
         new.train()(x)
         self.assertTrue(torch.equal(student.conv1[1].running_mean, statistics))
         self.assertFalse(student.training)
+        plain = {"mid.0": {6: blocks.GatedBNAttention(16)}}
+        local = blocks.assemble(small_net(window=12), plain, {"mid.0": 6})
+        self.assertEqual(local.blocks()["mid.0"].window, 3)
         self.assertIsInstance(net.decoders[1][0], blocks.NAFBlock)
 
     def test_of_a_block_that_is_left_out_nothing_remains(self):
