@@ -2489,6 +2489,12 @@ class Choice(unittest.TestCase):
             base_db, score = hwdeblur.scorer(small_net(), {}, [], [], "cpu")
             self.assertEqual((base_db, score(())), (30.0, 30.0))
 
+    def test_each_rank_scores_the_proposal_of_its_number(self):
+        for r, score in enumerate(("A", "B", None)):
+            alone = dict(rank=lambda: r, agreed=lambda call: call(), gather=lambda own: [own] * 3)
+            with mock.patch.multiple(hwdeblur, **alone):
+                self.assertEqual(hwdeblur.share_out(str.upper, "ab"), [score] * 2)
+
     def test_what_takes_a_swap_back_may_become_a_candidate_itself(self):
         losses = {(0, 0, 0): 0.0, (1, 1, 1): 3.0, (1, 1, 0): 0.2, (1, 0, 0): 0.1, (0, 1, 0): 0.15,
                   (0, 1, 1): 2.0, (1, 0, 1): 2.0, (0, 0, 1): 0.1}
@@ -3492,6 +3498,10 @@ class Whole(unittest.TestCase):
         taken = [dict(zip(found["sites"], row["options"])) for row in found["evaluations"]]
         self.assertFalse(any(choice["enc0.0"] == 5 or choice["mid.0"] == 3 for choice in taken))
         self.assertTrue(any(choice["enc0.0"] == 3 for choice in taken))
+        with mock.patch.object(hwdeblur, "trained", lambda job, net, *more: net):
+            self.done("--stage", "control", "--target", "paper", *TINY, "--candidates", 1, out=out)
+        for row in json.loads((out / "control.json").read_text())["rows"]:
+            self.assertFalse(row["choice"].get("enc0.0") == 5 or row["choice"].get("mid.0") == 3, row)
 
     def test_two_ranks_do_the_work_of_one(self):
         """All stages, all blocks; distillation of the same base, bit for bit; errors of rank 1, told once."""
