@@ -867,6 +867,16 @@ class Profile(unittest.TestCase):
         self.assertAlmostEqual(two["mean_relative_error"], 2 * (53 + 53 + 9) / 100 - 1)
         self.assertAlmostEqual(two["error_as_profiled"], (53 + 53 + 9) / 100 - 1)
 
+    def test_the_seed_decides_which_random_nets_are_timed(self):
+        def drawn(seed):
+            job, table = mock.Mock(config=hwdeblur.Config(seed=seed)), self.table("paper")
+            with mock.patch.object(hwdeblur, "time_whole", lambda *args: (dict.fromkeys(args[-1]), "", {})):
+                return list(hwdeblur.measure_nets(job, table, {"base": blocks.deploy(self.net)}, {}, 3)[0])
+
+        self.assertEqual(len(drawn(0)), 4)
+        self.assertEqual(drawn(0), drawn(0))
+        self.assertNotEqual(drawn(0), drawn(1))
+
     def test_random_nets_are_the_configurations_they_are_named_after(self):
         base, x = self.deployed({}), images(1, 3, 8, 8)
         sites = dict.fromkeys(self.sites, [1.0] * (1 + blocks.NO_BLOCK))
