@@ -483,7 +483,7 @@ def hub_alone(net, blocks, frame, deploy, calibration, **how):
 
 def hub_inside(net, blocks, frame, deploy, calibration, **how):
     """The base net, and for every site and option the base net with that swap: as `hub_alone`."""
-    base, same = deploy(net), {}
+    base, same = deploy(net), {(site, 0): (None, 0) for site in blocks}
     met = inputs_of(base, base.blocks(), [torch.zeros(1, 3, *frame)])
     program = lambda site, block: () if isinstance(block, nn.Identity) else (        # with its stage
         site.split(".")[0], str(exported(block, met[site][0].shape)))
@@ -491,7 +491,7 @@ def hub_inside(net, blocks, frame, deploy, calibration, **how):
     nets, known = {(None, 0): base}, {sum(own.values(), ()): (None, 0)}      # by the programs of their blocks
     shared = {id(p): p for p in base.parameters()}
     for site, row in blocks.items():
-        for k, block in enumerate(row):
+        for k, block in enumerate(row[1:], start=1):
             block = without_zeros(deploy(block))
             programs = sum({**own, site: program(site, block)}.values(), ())
             same[site, k] = key = known.setdefault(programs, (site, k))
@@ -504,8 +504,8 @@ def hub_inside(net, blocks, frame, deploy, calibration, **how):
     # share of the net, and what the swap changes. So base and single swaps are predicted exactly.
     for site, row in blocks.items():
         ms = [found[same[site, k]]["ms"] for k in range(len(row))]
-        own = max(base_ms / len(blocks), base_ms - min(value for value in ms if value is not None))
-        sites[site] = [None if value is None else own + value - base_ms for value in ms]
+        original_ms = max(base_ms / len(blocks), base_ms - min(value for value in ms if value is not None))
+        sites[site] = [None if value is None else original_ms + value - base_ms for value in ms]
     rest_ms = base_ms - sum(row[0] for row in sites.values())
     return sites, {"base_ms": base_ms, "rest_ms": rest_ms, "scale": 1.0}, {
         f"{type(blocks[at][number]).__name__} at {at}" if number else "base net":
