@@ -1900,12 +1900,17 @@ def markdown(head, rows):
     return "\n".join([top, f"|-{'-|-'.join('-' * width for width in widths)}-|", *rest])
 
 
+def formatted(value, form, none=""):
+    """A number as text; none: the text for None."""
+    return none if value is None else f"{value:{form}}"
+
+
 def figures(m, unknown="not measured"):
     """What is known of size, latency and quality of a net, as text by name; unknown: the text for None."""
     m = {**m, "millions": m.get("params", 0) / 1e6}
     forms = dict(params=",", millions=".3f", mb=".2f", gmacs=".2f", latency_ms=".1f", predicted_ms=".1f",
                  psnr_db=".2f", ssim=".4f")
-    return {key: unknown if m[key] is None else f"{m[key]:{form}}" for key, form in forms.items() if key in m}
+    return {key: formatted(m[key], form, unknown) for key, form in forms.items() if key in m}
 
 
 def gain_table(evaluate):
@@ -1988,10 +1993,9 @@ def measured_on(table):
 
 def hub_table(found):
     """What was profiled on AI Hub, {name: result}, as Markdown; none -> no part."""
-    text = lambda value, form, none: none if value is None else f"{value:{form}}"
     units = lambda layers: zip(*np.unique([layer["compute_unit"] for layer in layers], return_counts=True))
-    rows = [[" ".join([name, *job.get("sites", [])]), text(job["ms"], ".3g", "fails"),
-             text(job["peak_mb"], ".0f", ""), " ".join(f"{n} {unit}" for unit, n in units(job["layers"])),
+    rows = [[" ".join([name, *job.get("sites", [])]), formatted(job["ms"], ".3g", "fails"),
+             formatted(job["peak_mb"], ".0f"), " ".join(f"{n} {unit}" for unit, n in units(job["layers"])),
              job["version"], job["url"]] for name, job in found.items()]
     return [markdown(["on AI Hub", "ms", "peak MB", "layers", "version", "job"], rows)] * bool(rows)
 
@@ -2022,8 +2026,7 @@ def latency_section(table):
     fastest = [min((k for k, ms in enumerate(row) if ms is not None), key=row.__getitem__)
                for row in sites.values()]
     best = statistics.mode(fastest)
-    rows = [[site, *("unavailable" if ms is None else f"{ms:.2f}" for ms in row)]
-            for site, row in sites.items()]
+    rows = [[site, *(formatted(ms, ".2f", "unavailable") for ms in row)] for site, row in sites.items()]
     rows.append(["published, every site", *map("{:.0f}".format, profile_device.PAPER_BLOCK_MS[:len(names)])])
     return ["## Table 2: latency of each option, ms",
             f"{names[best]} is the fastest option at {fastest.count(best)} of {len(sites)} sites. "
@@ -2081,16 +2084,16 @@ def nets_section(evaluate, finetune, found, profile, steps):
     candidates, drift, rows = finetune["candidates"], evaluate["sums"]["drift"], []
     measured = {0: "base", finetune["picked"] + 1: "chosen"}
     base = {**found["evaluations"][0], "val_before_db": found["base_val_db"]}
-    hub = evaluate["sums"].get("hub", {})         # of a phone, what its jobs gave
+    jobs = evaluate["sums"].get("hub", {})        # what was found on a phone
     for n, net in enumerate([base, *candidates]):
         known = figures(evaluate[measured[n]]) if n in measured else {}
-        peak_mb = hub.get(measured.get(n), {}).get("peak_mb")
+        peak_mb = jobs.get(measured.get(n), {}).get("peak_mb")
         name = f"candidate {n}" + " (chosen)" * (n in measured) if n else "base"
         rows.append([name, " ".join(map(str, net["options"])),
                      *(known.get(key, "") for key in ("millions", "mb", "latency_ms", "psnr_db", "ssim")),
                      f"{drift * net['latency_ms']:.1f}", f"{net['val_before_db']:.2f}",
                      f"{net['val_after_db']:.2f}" if n else "",
-                     *[f"{peak_mb:.0f}" if peak_mb else ""] * bool(hub)])
+                     *[formatted(peak_mb, ".0f")] * bool(jobs)])
     gains = [candidate["val_after_db"] - candidate["val_before_db"] for candidate in candidates]
     rest = "alone: there is no figure for the rest of the net"
     if profile["rest_ms"]:
@@ -2101,7 +2104,7 @@ def nets_section(evaluate, finetune, found, profile, steps):
             f"{steps} steps of fine-tuning change the candidates by {min(gains):+.2f} to "
             f"{max(gains):+.2f} dB on validation.",
             markdown(["", "options", "params, M", "MB", "ms", "PSNR dB", "SSIM", "predicted ms",
-                      "validation dB", "fine-tuned", *["peak MB"] * bool(hub)], rows), PAPER_TABLE_3,
+                      "validation dB", "fine-tuned", *["peak MB"] * bool(jobs)], rows), PAPER_TABLE_3,
             f"Options in the order of the sites: {', '.join(found['sites'])}. PSNR and SSIM on test. "
             f"Predicted are the blocks at the sites {rest}{f', all times {drift:.2f}' * (drift != 1)}."]
 
