@@ -1659,7 +1659,7 @@ def as_fast(job, profile, arch, net, chosen, order):
     fewer = {f"without {n} blocks": order[:n] for n in range(len(order), -1, -1)}
     nets = {name: new_net(**{**arch, "width": n}, seed=0).to(job.device) for name, n in widths.items()}
     for name, gone in fewer.items():
-        nets[name] = blocks.assemble(net, {}, dict.fromkeys(gone, blocks.NO_BLOCK))
+        nets[name] = blocks.assemble(net, {}, dict.fromkeys(gone, len(blocks.BLOCKS)))
     nets = {name: blocks.deploy(net) for name, net in nets.items()}
     timed = lambda names: time_whole(job, profile, {**chosen, **{name: nets[name] for name in names}})[0]
     cost = timed([] if job.config.target == "qai-hub" else nets)
