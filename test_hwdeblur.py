@@ -985,6 +985,20 @@ class Profile(unittest.TestCase):
         self.assertAlmostEqual(repeat_tau, kendalltau(*(list(half.values()) for half in halves)).statistic)
         self.assertEqual(measured, profile_device.settled(dict(zip(names, np.hstack(batches).tolist()))))
 
+    def test_thirty_random_nets_are_timed(self):
+        counts, job = [], mock.Mock(config=hwdeblur.Config())
+        with mock.patch.multiple(hwdeblur, time_whole=lambda *args: (dict.fromkeys(args[-1]), "", {}),
+                                 random_nets=lambda sites, base, count, rng: counts.append(count) or {}):
+            hwdeblur.measure_nets(job, self.table("paper"), {"base": self.net}, {})
+        self.assertEqual(counts, [30])
+
+    def test_whole_nets_were_measured_on_this_day(self):
+        table = {"date": "2001-01-01", "statistic": "s", "frame": [8, 8]}
+        job = hwdeblur.Job(hwdeblur.Config(frame=(8, 8)), None, "cpu", Path(), {})
+        with mock.patch.object(hwdeblur, "time_nets", lambda *args: ({}, 1.0)):
+            _, where, _ = quiet(hwdeblur.time_whole, job, table, {})
+        self.assertEqual(where, {**table, **profile_device.machine("cpu")})
+
 
 class Loopback(http.server.BaseHTTPRequestHandler):
     """What AI Hub's client asks for: devices, uploads, jobs. The state is in the server, a `Hub`."""
@@ -2009,6 +2023,57 @@ class Report(unittest.TestCase):
         self.assertEqual(hwdeblur.sample_pairs({"test": range(10), "photos": range(3), "a": [7]}),
                          [("test", 0), ("test", 9), ("photos", 0), ("photos", 2), ("a", 7)])
 
+    def test_where_the_speed_was_measured_is_told(self):
+        net = {"psnr_db": 30.0, "latency_ms": 4.0, "predicted_ms": 9.0}
+        found = {"blurred": net, "base": net, "chosen": {**net, "latency_ms": 2.0, "predicted_ms": 3.0},
+                 "config": {"target": "qai-hub"}, "sums": {"measured_on": {"device": "S24"}}}
+        self.assertIn("2.00x as fast as the base (measured on S24)", hwdeblur.gain_words(found))
+        found["chosen"]["latency_ms"] = None      # its job failed
+        self.assertIn("3.00x as fast as the base (predicted from", hwdeblur.gain_words(found))
+
+    def test_an_adapted_net_is_shown_before_and_after(self):
+        scores = {net: {"psnr_db": db, "ssim": 0.5} for net, db in (("before", 11), ("after", 12),
+                                                                    ("blurred", 10))}
+        tuned = {"scores": {"test": {"pairs": 3, **scores}}, "protocol": "", "gmacs": 1.0}
+        text = hwdeblur.adapted_text(hwdeblur.Config(from_="f.pt"), tuned)
+        self.assertEqual(self.cells(text.split("\n\n")[1]),
+                         [["test", "3", "10.00/.500", "11.00/.500", "12.00/.500"]])
+
+    def test_sizes_are_in_millions(self):
+        found = hwdeblur.sizes(nn.Conv2d(3, 4, 1), (500, 1000))
+        self.assertEqual((found["params"], found["mb"], found["gmacs"]), (16, 64e-6, 0.006))
+
+    def test_which_stage_is_most_salient_and_whether_it_stays_is_told(self):
+        found = {"scores": {"snip": {"enc0.0": 1.0, "mid.0": 3.0, "dec0.0": 2.0}}, "critical": ["mid"],
+                 "mean_ranks": {"enc0": 3.0, "mid": 1.0, "dec0": 2.0}, "sites": ["enc0.0", "dec0.0"]}
+        best = "mid has the best mean rank over the six measures, 1.00; next is dec0, 2.00. "
+        self.assertEqual(hwdeblur.saliency_section(found)[1],
+                         best + "So mid stays as it is, and all other blocks are sites, 2 in all.")
+        found["sites"].append("mid.0")
+        self.assertEqual(hwdeblur.saliency_section(found)[1], best + "The paper would keep mid as it is; "
+                         "with --space all its blocks are sites too, 3 in all.")
+
+    def test_a_device_that_gave_no_pictures_is_told_of(self):
+        result = {**profile_device.NOTHING, "layers": [], "version": "", "url": ""}
+        sums = {"hub": {"base": {**result, "ms": 2.0}, "chosen": {**result, "ms": None}}}
+        found = {"base": {"float16": []}, "chosen": {"float16": []}, "sums": sums}
+        self.assertEqual(hwdeblur.device_section(found)[-1], "- base: the device gave no pictures back.")
+
+    def test_the_steps_of_a_base_that_was_trained_here_are_told(self):
+        told = hwdeblur.made_section(hwdeblur.Config(base_steps=7, finetune_steps=3), {})[2]
+        self.assertIn("base net's weights were trained in 7 steps.", told)
+
+    def test_by_how_much_fine_tuning_changed_the_candidates_is_told(self):
+        rows = [{"options": [1], "latency_ms": 4.0, "val_before_db": 29.0, "val_after_db": db}
+                for db in (29.5, 28.75)]
+        net = dict(params=1, mb=1.0, ssim=1.0, psnr_db=1.0, latency_ms=20.0)
+        base = {"options": [0], "latency_ms": 9.0}
+        found = {"evaluations": [base], "base_val_db": 30.0, "sites": ["mid.0"]}
+        text = hwdeblur.nets_section({"base": net, "chosen": net, "sums": {"drift": 1.0}},
+                                     {"candidates": rows, "picked": 0}, found, {"rest_ms": 3.0}, 5)
+        self.assertEqual(text[1], "5 steps of fine-tuning change the candidates by -0.25 to +0.50 dB on "
+                                  "validation.")
+
 
 class Training(unittest.TestCase):
     def test_learning_rates_fall_along_a_cosine(self):
@@ -2297,6 +2362,72 @@ class Training(unittest.TestCase):
         torch.save({k: v.half() for k, v in small_net().state_dict().items()}, path)
         self.assertEqual({p.dtype for p in hwdeblur.load_weights(path).parameters()}, {torch.float32})
 
+    def test_bfloat16_is_used_where_asked_for(self):
+        given = []
+
+        def noted(*args):
+            given.extend(value for value in args if isinstance(value, bool))
+            raise SystemExit
+
+        with mock.patch.multiple(blocks, train=noted, distill=noted):
+            for amp in (False, True):
+                job = self.job._replace(config=dataclasses.replace(self.job.config, amp=amp))
+                for call in (lambda: self.train(job),
+                             lambda: hwdeblur.stage_distill(job, as_base(small_net()), {"sites": ["mid.0"]})):
+                    self.assertRaises(SystemExit, call)
+        self.assertEqual(given, [False, False, True, True])
+
+    def test_the_seed_decides_the_first_weights_the_crops_and_the_proposals(self):
+        seeds, drawn, crops = [], [], hwdeblur.crops
+        config = hwdeblur.Config(seed=7, width=4, enc=(1,), dec=(1,), crop=16, batch=2, base_steps=0)
+        job = self.job._replace(config=config)
+        with mock.patch.object(hwdeblur, "crops", lambda pairs, seed, *more: seeds.append(seed)
+                               or crops(pairs, seed, *more)):
+            base = hwdeblur.stage_base(job)
+            hwdeblur.stage_saliency(job, base)
+        self.assertEqual(seeds, [7, 8])
+        self.assertTrue(same(base["params"], hwdeblur.new_net(4, (1,), 1, (1,), 7).state_dict()))
+        with mock.patch.object(search, "search", lambda *args, **more: drawn.append(args[3].random()) or []):
+            hwdeblur.searched(job, None, [])
+        self.assertEqual(drawn, [np.random.default_rng(7).random()])
+
+    def test_why_the_search_ended_early_is_told(self):
+        with mock.patch.object(search, "search",
+                               lambda *args, **more: search.warnings.warn("space is exhausted") or []):
+            hwdeblur.searched(self.job, None, [])
+        self.assertIn("space is exhausted\n", self.said.getvalue())
+
+    def test_fewer_large_crops_tell_the_saliency(self):
+        counts, base = [], as_base(small_net())
+        with mock.patch.object(hwdeblur, "crops", side_effect=lambda *args: counts.append(args[3:]) or 1 / 0):
+            for crop in (128, 129):
+                job = self.job._replace(config=hwdeblur.Config(crop=crop))
+                self.assertRaises(ZeroDivisionError, hwdeblur.stage_saliency, job, base)
+        self.assertEqual(counts, [(32,), (16,)])
+
+    def test_what_a_table_remarks_is_told_at_once(self):
+        with mock.patch.multiple(profile_device, latency_table=lambda *args, **more: {},
+                                 remarks=lambda table: ["GatedBN falls back to the CPU"]):
+            job = self.job._replace(config=hwdeblur.Config(target="paper"))
+            hwdeblur.stage_profile(job, as_base(small_net()), {"sites": ["mid.0"]})
+        self.assertIn("GatedBN falls back to the CPU", self.said.getvalue())
+
+    def test_weights_that_give_no_number_are_refused(self):
+        path = self.out / "w.pth"
+        torch.save({name: v * 1e30 for name, v in small_net().state_dict().items()}, path)
+        job = self.job._replace(config=hwdeblur.Config(weights=str(path)))
+        with self.assertRaisesRegex(hwdeblur.InputError, "validation gives nan dB: give other weights than"):
+            hwdeblur.stage_base(job)
+
+    def test_the_hub_is_asked_unless_nothing_is_left_to_ask(self):
+        for file, force, asked in ((None, False, 1), ("profile.json", False, 1), ("metrics.json", False, 0),
+                                   (None, True, 1)):
+            if file:
+                (self.out / file).touch()
+            with mock.patch.object(profile_device, "hub_client") as client:
+                hwdeblur.asked_hub(hwdeblur.Config(), self.out, force)
+            self.assertEqual(client.call_count, asked)
+
 
 class Controls(unittest.TestCase):
     """What the chosen net is compared with."""
@@ -2419,6 +2550,37 @@ class Controls(unittest.TestCase):
         self.assertEqual(hwdeblur.interval(values, 0), [low, high])
         self.assertIsNone(hwdeblur.interval(values[:1], 0))
 
+    def test_how_long_the_controls_take_is_told_in_minutes_for_all_steps(self):
+        net, row = small_net(), {"choice": {}, "missing": ""}
+        job = mock.Mock(config=hwdeblur.Config(base_steps=900, finetune_steps=150), device="cpu")
+        controls = [{**row, "name": "base, more steps", "scratch": False},
+                    {**row, "name": "narrower", "scratch": True}]
+        tuned = {"candidates": [{"val_before_db": 1.0, "val_after_db": 2.0}], "picked": 0,
+                 "choice": {"mid.0": 1}}
+        known = dict(chosen_net=lambda *args: net, seconds_per_step=lambda *args: 0.5,
+                     trained_control=lambda *args: (net, [1, 2]))
+        with mock.patch.multiple(hwdeblur, **known), contextlib.redirect_stderr(io.StringIO()) as said:
+            hwdeblur.control_nets(job, controls, {**as_base(net), "val": {"psnr_db": 30.0}}, {"params": {}},
+                                  tuned)
+        self.assertIn("2 nets to train, 1 of them from scratch, 1,200 steps in all: about 10 minutes",
+                      said.getvalue())
+
+    def test_a_control_that_scores_no_number_has_diverged(self):
+        job, scores = mock.Mock(config=hwdeblur.Config(), device="cpu"), iter((30.0, math.nan))
+        control = {"name": "a", "choice": {}, "width": None, "scratch": False}
+        with mock.patch.multiple(hwdeblur, trained=lambda job, net, *more: net,
+                                 evaluate=lambda *args, **more: {"psnr_db": next(scores)}), \
+                self.assertRaisesRegex(hwdeblur.InputError, "control: a diverged"):
+            hwdeblur.trained_control(job, small_net(), {}, {}, control)
+
+    def test_a_tau_of_few_configurations_is_not_shown(self):
+        base = self.row("base", None, 0.1, psnr_db=33.0, ssim=0.9, params=1, gmacs=1.0, val_before_db=30.0,
+                        tests={})
+        for count, told in ((7, "too few to say"), (8, "Kendall's tau 0.50")):
+            control = {"rows": [base], "tuned": count, "tau": 0.5, "single_swaps": 9}
+            text = hwdeblur.control_section(hwdeblur.Config(), control)[-1]
+            self.assertIn(f"{count} configurations were scored and fine-tuned: {told}.", text)
+
 
 class Choice(unittest.TestCase):
     """What is scored, how, and which of it is taken."""
@@ -2535,6 +2697,16 @@ class Choice(unittest.TestCase):
         around = [o for o in search.neighbours([best.options], options) if o not in seen]
         self.assertAlmostEqual(gain(around).max(), gain([best.options])[0], places=12)
         self.assertAlmostEqual(best.loss_db, search.unwarp(at([best.options])[0][0, 0], power))
+
+    def test_how_candidates_were_ranked_is_told(self):
+        words = lambda **more: hwdeblur.wish_words(dataclasses.asdict(hwdeblur.Config(**more)))
+        self.assertEqual(words(max_loss_db=0.1), "the fastest within --max-loss-db 0.1")
+        self.assertEqual(words(max_ms=5.0), "those that lose least within --max-ms 5")
+
+    def test_float16_is_checked_with_validation_images(self):
+        job = mock.Mock(config=hwdeblur.Config(target="qai-hub"), pairs=str.upper, device="cpu")
+        with mock.patch.object(hwdeblur, "within_float16", lambda net, pairs, device: (pairs, [])):
+            self.assertEqual(hwdeblur.deployed_net(job, "base", None), ("VAL", []))
 
 
 class OneNet(unittest.TestCase):
@@ -2701,6 +2873,26 @@ class Deblur(unittest.TestCase):
         whole = (0.5 * middle / 255 + 0.1 * (middle / 255).mean()).mul(255).round()[:, 20:-20]
         expected = -10 * math.log10(((whole - restored[:, 60:120, 10:60]) / 255).square().mean())
         self.assertAlmostEqual(found, expected, places=3)
+
+    def test_tiles_of_a_photograph_overlap_widely(self):
+        shades = iter((0.2, 0.8))
+        got = quiet(hwdeblur.deblur, lambda x: torch.full_like(x, next(shades)),
+                    torch.zeros(3, 4, 900).byte()).float()
+        self.assertLess(got.diff(dim=2).abs().max(), 12)
+
+    def test_what_a_photograph_carries_is_kept(self):
+        out, exif = Path(self.enterContext(tempfile.TemporaryDirectory())), Image.Exif()
+        exif[0x0112] = 6                          # its first row is the right edge
+        clear = Image.new("RGBA", (9, 5), (10, 20, 30, 255))
+        clear.putpixel((0, 0), (10, 20, 30, 77))
+        clear.save(out / "in.png", exif=exif, icc_profile=b"profile")
+        for name in ("out.png", "out.jpg"):
+            quiet(hwdeblur.deblur_file, nn.Identity(), out / "in.png", out / name, "cpu")
+        with Image.open(out / "out.png") as image:
+            self.assertEqual((image.size, image.getpixel((4, 0))), ((5, 9), (10, 20, 30, 77)))
+            self.assertEqual(image.info["icc_profile"], b"profile")
+        with Image.open(out / "out.jpg") as image:
+            self.assertLessEqual(max(image.quantization[0]), 12)       # as of quality 95
 
 
 class Store(unittest.TestCase):
@@ -3627,6 +3819,8 @@ class Whole(unittest.TestCase):
             self.assertEqual(score, tuned["scores"][name][when])
             self.assertIn(f"{score['psnr_db']:.2f}/", printed)
         self.assertNotEqual(tuned["scores"]["test"]["before"], tuned["scores"]["test"]["after"])
+        gmacs = json.loads((self.out / "metrics.json").read_text())["chosen"]["gmacs"]
+        self.assertAlmostEqual(tuned["gmacs"] / (64 * gmacs), 1, delta=0.05)         # 256x256, not 32x32
         self.assertIn("Table 5", (out / "report.md").read_text())
         picture = root / "test" / "s" / "blur" / "0.png"
         self.done("--stage", "deblur", "--input", picture, "--output", root / "o.png", out=out)
@@ -3636,6 +3830,32 @@ class Whole(unittest.TestCase):
         for file, pattern in ((root / "o.png", "no checkpoint of tensors"),
                               (self.out / "base.pt", "not an artefact")):
             self.refused(pattern, "--stage", "finetune", "--from", file, out=root / "new")
+
+    def test_a_net_that_is_exported_without_its_pairs_was_not_checked(self):
+        out, asked = self.copied("no_pairs", "finetuned.pt"), []
+
+        def gone(config, split):
+            asked.append(split)
+            raise hwdeblur.InputError("no folder here")
+
+        with mock.patch.object(hwdeblur, "split_pairs", gone):
+            said = self.done("--stage", "export", out=out)[1]
+        self.assertEqual(asked, ["val"])
+        self.assertIn("export: not checked for float16, as no folder here\n", said)
+        self.assertEqual(json.loads((out / "deblur.json").read_text())["float16"],
+                         ["not checked for float16, as no folder here"])
+
+    def test_an_evaluation_alone_prints_what_was_gained(self):
+        printed, _ = self.done("--stage", "evaluate", "--target", "paper", *TINY, out=self.copied("printed"))
+        self.assertIn(hwdeblur.gain_words(json.loads((self.out / "metrics.json").read_text())), printed)
+
+    def test_a_missing_test_set_is_found_before_anything_is_trained(self):
+        root, out = self.out.parent / "no_test", self.out.parent / "nothing_trained"
+        for kind in ("sharp", "blur"):
+            for i in range(4):
+                saved_image(root / "train" / "s" / kind / f"{i}.png", (40, 40))
+        self.refused("no_test", "--stage", "all", "--target", "paper", *TINY, "--data", root, out=out)
+        self.assertFalse((out / "base.pt").exists())
 
 
 class PlainConv(nn.Module):
@@ -3708,6 +3928,13 @@ class Project(unittest.TestCase):
         self.assertEqual([line.split("==")[0] for line in lines],
                          ["torch", "numpy", "scipy", "pillow", "qai-hub"])
         self.assertTrue(all("==" in line for line in lines))
+
+    def test_flags_come_before_the_preset_which_names_the_folder(self):
+        with mock.patch.object(hwdeblur, "run") as run, mock.patch.object(torch, "set_num_threads") as set_to:
+            self.assertEqual(hwdeblur.main("--stage base --preset paper --batch 8 --threads 3".split()), 0)
+        config, _, out, *_ = run.call_args.args
+        self.assertEqual((config.batch, config.width, out), (8, 32, Path("runs/paper")))
+        set_to.assert_called_once_with(3)
 
 
 class Timed(unittest.TextTestResult):
