@@ -242,6 +242,17 @@ class Blocks(unittest.TestCase):
         self.assertEqual(dict(net.blocks()).keys(), set(blocks.site_names(net)))
         self.assertIsInstance(blocks.new_surrogate(net, "mid.0", blocks.NO_BLOCK, 0), blocks.NoBlock)
 
+    def test_windows_narrower_than_a_deep_level_s_stride_are_one_pixel_there(self):
+        net, x = small_net(window=2), images(1, 3, 12, 12)
+        self.assertEqual([b.window for b in net.blocks().values()], [2, 1, 1, 1, 1, 2])
+        self.assertEqual(net(x).shape, x.shape)
+
+    def test_local_means_keep_their_digits_over_large_maps(self):
+        x = images(1, 1, 8, 2 ** 15) + 100
+        expected = F.avg_pool2d(x.double(), 3, stride=1)
+        got = blocks.local_mean(x, 3)[:, :, 1:-1, 1:-1]
+        torch.testing.assert_close(got.double(), expected, rtol=2e-7, atol=0)
+
 
 class Magnitudes(unittest.TestCase):
     def test_every_intermediate_and_the_sums_in_layer_norm_are_noted(self):
@@ -267,6 +278,11 @@ class Magnitudes(unittest.TestCase):
             self.assertEqual(lines, told)
         found = blocks.magnitudes(deployed, [hwdeblur.as_batch([pairs[0][1]])])
         self.assertEqual(found["Sequential.1: sum in layer norm"], 4e4 + 2)
+
+    def test_the_largest_of_several_images_counts_whichever_comes_first(self):
+        x = torch.ones(1, 2, 1, 1)
+        found = blocks.magnitudes(nn.Sequential(nn.ReLU()), [3 * x, x])
+        self.assertEqual(found["Sequential.0: relu"], 3)
 
 
 class Saliency(unittest.TestCase):
@@ -412,6 +428,13 @@ class Distillation(unittest.TestCase):
                 self.assertTrue(same(state["model"], before["model"]))
                 for name, moments in state["optimizer"].items():
                     self.assertTrue(same(moments, before["optimizer"][name]))
+
+    def test_a_block_that_does_nothing_gives_finite_losses(self):
+        """As in a base of --base-steps 0: its scales are zero."""
+        net = blocks.NAFNet(4, (1,), 1, (1,))
+        surrogates, losses = blocks.distill(net, ["mid.0"], lambda step: images(1, 3, 8, 8), 2, 1e-3, 0)
+        self.assertTrue(np.isfinite(list(losses["mid.0"].values())).all())
+        self.assertTrue(all(hwdeblur.finite(m.state_dict()) for m in surrogates["mid.0"].values()))
 
 
 class Comparison(unittest.TestCase):
@@ -710,6 +733,32 @@ class Search(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "finite"):
             search.knee([[0, 1], [1, -np.inf]], 1)
 
+    def test_length_scales_are_a_priori_alike(self):
+        """One evaluation pair of a site, and none of the others: their rates stay near each other."""
+        X = [[0, 0, 0], [1, 0, 0], [0, 1, 0], [2, 0, 0]]
+        rates = search.gp_fit(X, [0.0, 1.0, 0.0, 3.0]).rates
+        self.assertLess(rates.max() / rates.min(), 20)
+
+    def test_ehvi_sees_half_of_the_deviation(self):
+        history, given = self.search(self.losses, self.penalty, 24), []
+        ehvi, at = search.mc_ehvi, search.posterior
+        deviations = []
+
+        def posterior(*args):
+            predict, power = at(*args)
+            return (lambda pool: deviations.append(predict(pool)[1]) or predict(pool)), power
+        with mock.patch.object(search, "posterior", posterior), mock.patch.object(
+                search, "mc_ehvi", lambda mean, std, *rest: given.append(std) or ehvi(mean, std, *rest)):
+            search.best_candidate(history, self.penalty, 0, None, "overlap")
+        for seen, std in zip(given, deviations):
+            np.testing.assert_allclose(seen, 0.5 * std)
+
+    def test_a_history_is_given_the_penalties_of_now(self):
+        history = [e._replace(penalty=9.0) for e in self.search(self.losses, self.penalty, 5)]
+        found = self.search(self.losses, self.penalty, 6, history=history)
+        for e in found:
+            self.assertAlmostEqual(e.penalty, search.total_penalty(self.penalty, e.options))
+
 
 class Picture(unittest.TestCase):
     """SVG text, parsed; data is brought to its units by the numbers that stand at the axes."""
@@ -998,6 +1047,26 @@ class Profile(unittest.TestCase):
         with mock.patch.object(hwdeblur, "time_nets", lambda *args: ({}, 1.0)):
             _, where, _ = quiet(hwdeblur.time_whole, job, table, {})
         self.assertEqual(where, {**table, **profile_device.machine("cpu")})
+
+    def test_rounds_that_warm_up_do_not_count(self):
+        blocks_at = {"mid.0": [self.net.blocks()["mid.0"]]}
+        kinds = profile_device.distinct_modules(self.net, blocks_at, (8, 8), blocks.deploy, "cpu")
+        times = profile_device.time_in_place(*kinds, rounds=3, warmup=2)
+        self.assertEqual([len(ms) for ms in times.values()], [3, 3])
+
+    def test_the_spread_is_the_interquartile_range_over_the_median(self):
+        times = {"net": [20.0] * 5, **{"NAFBlock": [8.0, 9.0, 10.0, 11.0, 12.0]}}
+        with mock.patch.object(profile_device, "time_in_place", lambda keys, *rest: {
+                key: times.get(key[0], times["net"]) if key != "net" else times["net"]
+                for key in {*sum(keys.values(), []), "net"}}):
+            table = self.table()
+        self.assertAlmostEqual(table["spread"], (11.5 - 8.5) / 10)
+
+    def test_no_sum_of_swaps_is_negative(self):
+        """Two blocks, each of which alone saves most of the net, as AI Hub may find."""
+        table = {"sites": {"a": [80.0, 0.0], "b": [80.0, 0.0]}, "rest_ms": -60.0, "base_ms": 100.0}
+        found = [profile_device.network_ms(table, choice) for choice in ({}, {"a": 1}, {"a": 1, "b": 1})]
+        self.assertEqual(found, [100, 20, 0])
 
 
 class Loopback(http.server.BaseHTTPRequestHandler):
@@ -1499,6 +1568,11 @@ class AIHub(unittest.TestCase):
         self.profile()
         self.assertEqual(len(self.hub.jobs), 8)
 
+    def test_what_divides_in_its_layer_norms_is_another_module(self):
+        keys = {profile_device.job_key(blocks.deploy(self.net, divisor), (1, 3, 8, 8), "", "")
+                for divisor in (1, 2, 4)}
+        self.assertEqual(len(keys), 3)
+
 
 def saved_image(path, size=(24, 20), spread=50):
     """A noise image at `path`, whose folder is made as well."""
@@ -1856,6 +1930,120 @@ class Data(unittest.TestCase):
                      lambda path: hwdeblur.pairs_below(path)):
             with self.assertRaisesRegex(hwdeblur.InputError, "pipe.png"):
                 call(self.root / "pipe.png")
+
+    def test_a_blurred_picture_lies_where_its_sharp_one_does(self):
+        for seed in range(9):
+            path = hwdeblur.camera_path(25, 12.0, np.random.default_rng(seed))
+            np.testing.assert_allclose(path[:, :2].mean(0), 0, atol=1e-9)
+
+    def test_a_shaking_hand_turns_and_zooms_as_much_as_is_said(self):
+        paths = [hwdeblur.camera_path(9, 5.0, np.random.default_rng(seed)) for seed in range(200)]
+        turn, zoom = np.abs(paths).max((0, 1))[2:]
+        self.assertTrue(0.9 * math.radians(1.5) < turn <= math.radians(1.5), turn)
+        self.assertTrue(0.9 * 0.015 < zoom <= 0.015, zoom)
+
+    def test_pictures_are_upright_in_every_orientation(self):
+        for code in range(1, 9):
+            path, exif = self.root / f"{code}.jpg", Image.Exif()
+            exif[0x0112] = code
+            Image.effect_noise((24, 20), 50).save(path, exif=exif)
+            height, width = hwdeblur.load_image(path).shape[1:]
+            self.assertEqual((width, height), (20, 24) if code > 4 else (24, 20))
+            saved_image(self.root / "plain.png", (width, height))      # the header says the same
+            hwdeblur.sized_pairs([(path, self.root / "plain.png")], 11, "scored")
+
+    def test_a_folder_s_name_before_those_of_its_files_does_not_count_in_any_case(self):
+        """RealBlur: gt/gt_1.png and blur/blur_1.png."""
+        for kind, name in (("Blur", "blur_1.png"), ("gt", "GT_1.png")):
+            saved_image(self.root / "train" / kind / name)
+        (sharp, blur), = hwdeblur.list_pairs(self.root, "train")
+        self.assertEqual((sharp.name, blur.name), ("GT_1.png", "blur_1.png"))
+
+    def test_a_list_may_begin_with_a_byte_order_mark(self):
+        (self.root / "train.txt").write_bytes(b"\xef\xbb\xbfs.png b.png\n")
+        pairs = hwdeblur.list_pairs(self.root, "train")
+        self.assertEqual(pairs, [(self.root / "s.png", self.root / "b.png")])
+
+    def test_scenes_may_be_links_to_folders_elsewhere(self):
+        scene = self.folder(["a.png"], "elsewhere/scene")
+        (self.root / "train").mkdir()
+        (self.root / "train" / "scene").symlink_to(scene, target_is_directory=True)
+        self.assertEqual(len(hwdeblur.list_pairs(self.root, "train")), 1)
+
+    def test_radii_of_leaves_follow_a_power_law(self):
+        """Of exponent 1 + alpha, alpha in [1, 2]: half to three quarters are below twice the least."""
+        radii, mask = [], hwdeblur.leaf_mask
+        with mock.patch.object(hwdeblur, "leaf_mask", lambda r, rng: radii.append(r) or mask(r, rng)):
+            for seed in range(20):
+                hwdeblur.dead_leaves(128, np.random.default_rng(seed))
+        self.assertTrue(min(radii) == 3 and 36 < max(radii) <= 128 / 3)
+        self.assertTrue(0.45 < np.mean(np.array(radii) < 6) < 0.8)
+
+    def test_the_blur_is_as_long_as_the_camera_s_path(self):
+        """A point of light, moved along a straight path of 8 pixels, leaves a streak of that length."""
+        scene = np.zeros((2 * 64, 2 * 64, 3), np.uint8)
+        scene[62:66, 62:66] = 255
+        path = lambda frames, length, rng: np.outer(np.linspace(-0.5, 0.5, frames), [length, 0, 0, 0])
+        with mock.patch.object(hwdeblur, "dead_leaves", lambda *a: scene), \
+                mock.patch.object(hwdeblur, "camera_path", path):
+            sharp, blur = hwdeblur.made_pair(40, np.random.default_rng(1), 8.0, 0.01)
+        width = lambda image, axis: int((image[0] > 60).any(axis).sum())
+        self.assertEqual(width(blur, 1), width(sharp, 1))
+        self.assertTrue(7 <= width(blur, 0) - width(sharp, 0) <= 9)
+
+    def test_a_scene_that_is_linked_twice_is_one_scene(self):
+        for i in range(2):
+            self.folder(["a.png"], f"train/s{i}")
+        (self.root / "train" / "again").symlink_to(self.root / "train" / "s1", target_is_directory=True)
+        pairs = hwdeblur.list_pairs(self.root, "train")
+        self.assertEqual((len(pairs), len(hwdeblur.scenes_of(pairs))), (3, 2))
+
+    def test_made_pairs_that_join_photographs_are_as_large_as_a_crop(self):
+        self.folder([f"{i}.png" for i in range(4)], "train")
+        config = hwdeblur.Config(data=str(self.root), crop=20, made_train=3, made_size=16)
+        made = [pair for pair in quiet(hwdeblur.training_pairs, config) if torch.is_tensor(pair[0])]
+        self.assertEqual({pair[0].shape for pair in made}, {(3, 20, 20)})
+
+    def test_the_shorter_side_decides_whether_a_picture_is_too_small(self):
+        self.folder(["a.png"], size=(20, 10))
+        with self.assertRaisesRegex(hwdeblur.InputError, "is 20x10, too small to be scored: 11 is the least"):
+            hwdeblur.sized_pairs(hwdeblur.list_pairs(self.root, "train"), 11, "scored")
+
+    def test_a_side_of_just_the_least_is_large_enough(self):
+        self.folder(["a.png"], size=(20, 11))
+        pairs = hwdeblur.list_pairs(self.root, "train")
+        self.assertEqual(hwdeblur.sized_pairs(pairs, 11, "scored"), pairs)
+
+    def test_what_is_below_black_is_black(self):
+        values = np.full((10, 20), 0.5, dtype=np.float32)
+        values[0, :2] = -0.1, -7
+        Image.fromarray(values).save(self.root / "below.tiff")
+        self.assertEqual(hwdeblur.load_image(self.root / "below.tiff")[0, 0, :3].tolist(), [0, 0, 128])
+
+    def test_hidden_images_do_not_count(self):
+        scene = self.folder(["a.png"])
+        (scene / "blur" / "._a.png").write_bytes(b"what a Mac leaves")
+        self.assertEqual(len(hwdeblur.list_pairs(self.root, "train")), 1)
+
+    def test_no_further_test_set_is_called_as_one_of_the_run_s_own(self):
+        for name in ("validation", "test"):
+            with self.assertRaisesRegex(hwdeblur.InputError, "and not validation or test"):
+                hwdeblur.test_sets(hwdeblur.Config(test=(f"{name}=x",)))
+
+    def test_no_more_scenes_are_held_back_than_pairs_are_wanted(self):
+        for i in range(33):
+            self.folder(["a.png"], f"train/s{i:02}")
+        config = hwdeblur.Config(data=str(self.root), crop=16, val_pairs=2)
+        sizes = [len(hwdeblur.split_pairs(config, split)) for split in ("train", "val")]
+        self.assertEqual(sizes, [31, 2])
+
+    def test_training_pairs_are_in_an_order_of_the_seed_s_own(self):
+        """So that a share of them is of all scenes."""
+        for i in range(9):
+            self.folder(["a.png"], f"train/s{i}")
+        orders = [hwdeblur.split_pairs(hwdeblur.Config(data=str(self.root), crop=16, seed=s), "train")
+                  for s in range(3)]
+        self.assertTrue(any(order != sorted(order) for order in orders))
 
 
 class Weights(unittest.TestCase):
@@ -2427,6 +2615,25 @@ class Training(unittest.TestCase):
             with mock.patch.object(profile_device, "hub_client") as client:
                 hwdeblur.asked_hub(hwdeblur.Config(), self.out, force)
             self.assertEqual(client.call_count, asked)
+
+    def test_what_an_earlier_process_did_does_not_count_as_speed(self):
+        with mock.patch.object(hwdeblur.time, "perf_counter", side_effect=[0.0, 10.0]):
+            hwdeblur.progress("base", 100, begun=60)(80)
+        self.assertIn("base: 80/100, 2.0/s, 10 s left", self.said.getvalue())
+
+    def test_a_divergence_names_the_step_of_the_state_that_was_kept(self):
+        state = lambda step, loss: {"step": step, "losses": {"psnr": torch.full((step,), loss)}, "model": {}}
+        each = hwdeblur.keeper(self.job, "base.part", "base", 9, every_s=0.0)
+        each(3, {"psnr": torch.zeros(9)}, lambda: state(3, 1.0))
+        with self.assertRaisesRegex(hwdeblur.InputError, "base.part, of step 3: delete it"):
+            each(4, {"psnr": torch.zeros(9)}, lambda: state(4, math.nan))
+
+    def test_the_paper_preset_trains_as_the_authors_did(self):
+        """Their options for GoPro at width 32."""
+        preset = hwdeblur.PRESETS["paper"]
+        self.assertEqual([preset[key] for key in ("width", "enc", "crop", "batch", "base_steps", "base_lr",
+                                                  "grad_clip")],
+                         [32, (1, 1, 1, 28), 256, 8 * 4, 200_000, 1e-3, 0.01])
 
 
 class Controls(unittest.TestCase):
