@@ -3539,7 +3539,7 @@ class Whole(unittest.TestCase):
         self.assertEqual(sorted(flags), sorted([*own, "--stage", "--preset", "--out", "--device", "--threads",
                                                 "--force", "--input", "--output"]))
         help_text = " ".join(text.split())
-        self.assertRegex(help_text, r"stage distill: --distill-share [^:]+\[100 steps; paper: 20000\]")
+        self.assertRegex(help_text, r"stage distill: --distill-share [^:]+\[150 steps; paper: 20000\]")
         self.refused("no stage is given: --stage all")
 
     def test_bad_input_is_one_line(self):
@@ -3711,7 +3711,7 @@ class Whole(unittest.TestCase):
         self.assertRegex(said, r"control: \d nets to train, 2 of them from scratch, \d+ steps in all")
         self.assertEqual({row[:3] for row in trained}, {(3, 2e-3, 0), (2, 1e-3, 4)})           # as before
         self.assertEqual(len(set(trained)), 2)    # the same crops, whatever the net
-        self.assertEqual({row[4] for row in trained}, {(0.0, 30.0)})
+        self.assertEqual({row[4] for row in trained}, {(0.0, 32.0)})
         val = quiet(hwdeblur.split_pairs, hwdeblur.Config(made_test=2, made_size=48), "val")
         self.assertEqual(hwdeblur.digest(scored), hwdeblur.digest(val))
         self.assertEqual([row[0] for row in trained].count(3), 2)
