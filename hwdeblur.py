@@ -1200,8 +1200,8 @@ def stage_base(job):
 def stage_saliency(job, base):
     """Section II-A, table 1: six measures on one minibatch, and the stage that stays."""
     config, net = job.config, base_net(base, job.device)
-    # 256x256 crops take 2.4 GiB each at width 32; of small ones, a draw of 16 misjudged the critical stage.
-    count = 16 if config.crop > 128 else 32
+    # 16 crops of 256x256 take 38 GiB at width 32, the demo's 128 of 64x64 7; 32 misjudged the critical stage.
+    count = max(16, min(128, 2 ** 19 // config.crop ** 2))
     batch = crops(job.pairs("train"), config.seed + 1, config.crop, count)(0)
     loss = functools.partial(blocks.psnr_loss, cap_db=config.cap_db)
     scores = blocks.saliency(net, *(as_batch(images, job.device) for images in batch), loss)

@@ -2516,7 +2516,7 @@ class Training(unittest.TestCase):
         base = {"params": params, "arch": {**blocks.architecture(params), "window": None}}
         job = self.job._replace(config=dataclasses.replace(self.job.config, cap_db=10.0))
         got = hwdeblur.stage_saliency(job, base)["scores"]
-        batch = map(hwdeblur.as_batch, hwdeblur.crops(job.pairs("train"), 1, 16, 32)(0))
+        batch = map(hwdeblur.as_batch, hwdeblur.crops(job.pairs("train"), 1, 16, 128)(0))
         loss = lambda x, y: (10 * torch.log10((x - y).square().mean((1, 2, 3)) + 0.1)).mean()
         for measure, scores in blocks.saliency(hwdeblur.base_net(base), *batch, loss).items():
             for site, score in scores.items():
@@ -2588,10 +2588,10 @@ class Training(unittest.TestCase):
     def test_fewer_large_crops_tell_the_saliency(self):
         counts, base = [], as_base(small_net())
         with mock.patch.object(hwdeblur, "crops", side_effect=lambda *args: counts.append(args[3:]) or 1 / 0):
-            for crop in (128, 129):
+            for crop in (16, 64, 128, 256):
                 job = self.job._replace(config=hwdeblur.Config(crop=crop))
                 self.assertRaises(ZeroDivisionError, hwdeblur.stage_saliency, job, base)
-        self.assertEqual(counts, [(32,), (16,)])
+        self.assertEqual(counts, [(128,), (128,), (32,), (16,)])
 
     def test_what_a_table_remarks_is_told_at_once(self):
         with mock.patch.multiple(profile_device, latency_table=lambda *args, **more: {},
