@@ -635,7 +635,21 @@ def minimise(model, optimizer, names, losses_at, steps, rate, state=None, each=N
     return losses
 
 
-def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None, clip=0.0, cap_db=80.0):
+def keep_averages(optimizer, power):
+    """Let `optimizer` keep in its state the "average" of each parameter over steps t, weighted by t^power.
+
+    Polynomial-decay averaging (Shamir & Zhang 2013): no length to choose, as the window grows with the run.
+    """
+    def after(optimizer, args, kwargs):
+        for p, state in optimizer.state.items():
+            average = state.setdefault("average", torch.zeros_like(p))
+            average.lerp_(p.detach(), (power + 1) / (power + state["step"]))
+
+    optimizer.register_step_post_hook(after)
+
+
+def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None, clip=0.0, cap_db=80.0,
+          average=0.0):
     """A trained copy of `net`, by NAFNet's recipe: AdamW (.9, .9), decay 1e-3, cosine to 1e-7, PSNR loss.
 
     batch_at(step) -> blurred, sharp (B, 3, H, W) and, where ranks share a batch out unevenly, the weight of
@@ -643,6 +657,7 @@ def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None,
     distillation, which whole images share and small crops do not. amp: the net runs under bfloat16 autocast;
     weights, loss and optimiser stay float32. state, each, clip: see `minimise`; cap_db: see `psnr_loss`; the
     loss is called "psnr". wrap(net) -> the module to call in its place, say DistributedDataParallel.
+    average: if not 0, the rate falls to lr / 4 only, and the copy has averaged weights (`keep_averages`).
     """
     net = copy.deepcopy(net).eval().requires_grad_(True)
     model = wrap(net) if wrap else net
@@ -654,9 +669,14 @@ def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None,
             output = model(blur)
         yield "psnr", psnr_loss(output.to(sharp.dtype), sharp, cap_db), *weight
 
-    rate = lambda step: cosine(step, steps, lr, 1e-7)
+    if average:
+        keep_averages(optimizer, average)
+    rate = lambda step: cosine(step, steps, lr, lr / 4 if average else 1e-7)
     minimise(net, optimizer, ["psnr"], losses_at, steps, rate, state, each, clip)
-    return net.requires_grad_(False)
+    net.requires_grad_(False)
+    for p, kept in optimizer.state.items():
+        p.copy_(kept.get("average", p))
+    return net
 
 
 def distill(net, sites, batch_at, steps, lr, seed, only=None, amp=False, state=None, each=None):

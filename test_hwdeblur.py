@@ -2471,6 +2471,26 @@ class Training(unittest.TestCase):
         for a, b in zip(got.parameters(), expected.parameters()):
             torch.testing.assert_close(a, b.detach(), rtol=0, atol=2e-5)
 
+    def test_averages_weight_step_t_by_t_to_the_power_and_the_rate_falls_to_a_quarter(self):
+        """Power 1, so after three steps (w1 + 2 w2 + 3 w3) / 6; the steps go on from what is not averaged."""
+        net, batch_at = small_net(), lambda step: (images(1, 3, 8, 8, seed=step), images(1, 3, 8, 8, seed=9))
+        got, last = blocks.train(net, batch_at, 3, 1e-2, average=1), copy.deepcopy(net)
+        optimizer = torch.optim.AdamW(last.parameters(), betas=(0.9, 0.9), weight_decay=1e-3)
+        expected = [torch.zeros_like(p) for p in last.parameters()]
+        for step, lr in enumerate((1e-2, 8.125e-3, 4.375e-3)):         # half a cosine from 1e-2 to 2.5e-3
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.zero_grad()
+            (-hwdeblur.psnr(last(batch_at(step)[0]), batch_at(step)[1])).backward()
+            optimizer.step()
+            expected = [a + (step + 1) / 6 * p.detach() for a, p in zip(expected, last.parameters())]
+        for a, b in zip(got.parameters(), expected):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+        job = self.job._replace(config=hwdeblur.Config(crop=8, batch=1, cap_db=80.0, average=1.0))
+        with mock.patch.object(hwdeblur, "crops", lambda *a: batch_at), \
+                mock.patch.object(hwdeblur, "as_batch", lambda batch, device: batch):
+            again = hwdeblur.trained(job, net, 3, 1e-2, "base", "averaged.part", 0)
+        self.assertTrue(same(again.state_dict(), got.state_dict()))
+
     def test_training_leaves_the_statistics_of_distillation(self):
         net = small_net()
         student = randomized(blocks.new_surrogate(net, "mid.0", 1, 0))
@@ -2497,7 +2517,8 @@ class Training(unittest.TestCase):
                 p.grad *= min(1, clip / norms[-1])
             optimizer.step()
         self.assertGreater(max(norms), clip)
-        job, got = self.job._replace(config=hwdeblur.Config(crop=8, batch=1, grad_clip=clip, cap_db=25)), []
+        config = hwdeblur.Config(crop=8, batch=1, grad_clip=clip, cap_db=25, average=0)
+        job = self.job._replace(config=config)
         with mock.patch.object(hwdeblur, "crops", lambda *a: lambda step: batches[step]), \
                 mock.patch.object(hwdeblur, "as_batch", lambda batch, device: batch):
             got = hwdeblur.trained(job, net, 2, 1e-2, "base", "clipped.part", 0)
