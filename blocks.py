@@ -636,14 +636,16 @@ def minimise(model, optimizer, names, losses_at, steps, rate, state=None, each=N
 
 
 def keep_averages(optimizer, power):
-    """Let `optimizer` keep in its state the "average" of each parameter over steps t, weighted by t^power.
+    """Let `optimizer` keep in its state the "average" of each parameter, step t weighted by about t^power.
 
-    Polynomial-decay averaging (Shamir & Zhang 2013): no length to choose, as the window grows with the run.
+    Polynomial-decay averaging (Shamir & Zhang 2013), for whole powers by t (t + 1) .. (t + power - 1): no
+    length to choose, as the window grows with the run.
     """
     def after(optimizer, args, kwargs):
         for p, state in optimizer.state.items():
-            average = state.setdefault("average", torch.zeros_like(p))
-            average.lerp_(p.detach(), (power + 1) / (power + state["step"]))
+            if "average" not in state:
+                state["average"] = p.detach().clone()
+            state["average"].lerp_(p.detach(), (power + 1) / (power + state["step"]))
 
     optimizer.register_step_post_hook(after)
 
@@ -657,7 +659,8 @@ def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None,
     distillation, which whole images share and small crops do not. amp: the net runs under bfloat16 autocast;
     weights, loss and optimiser stay float32. state, each, clip: see `minimise`; cap_db: see `psnr_loss`; the
     loss is called "psnr". wrap(net) -> the module to call in its place, say DistributedDataParallel.
-    average: if not 0, the rate falls to lr / 4 only, and the copy has averaged weights (`keep_averages`).
+    average: if not 0, the rate falls only to lr / 4 and the copy has averaged weights (`keep_averages` with
+    this power); `state` must then come from such a training.
     """
     net = copy.deepcopy(net).eval().requires_grad_(True)
     model = wrap(net) if wrap else net
@@ -674,8 +677,8 @@ def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None,
     rate = lambda step: cosine(step, steps, lr, lr / 4 if average else 1e-7)
     minimise(net, optimizer, ["psnr"], losses_at, steps, rate, state, each, clip)
     net.requires_grad_(False)
-    for p, kept in optimizer.state.items():
-        p.copy_(kept.get("average", p))
+    for p, kept in optimizer.state.items() if average else ():
+        p.copy_(kept["average"])
     return net
 
 

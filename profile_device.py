@@ -500,8 +500,8 @@ def hub_inside(net, blocks, frame, deploy, calibration, **how):
     found = profile_hub({key: (each, (1, 3, *frame), Data(calibration)) for key, each in nets.items()}, **how)
     must_run("base net", found[None, 0], **how)
     base_ms, sites = found[None, 0]["ms"], {}
-    # An option takes what the original does, which is as much as its best swap saves and at least an equal
-    # share of the net, and what the swap changes. So base and single swaps are predicted exactly.
+    # An option's time is the original's plus what the swap changes; the original's is what its best swap
+    # saves, but at least an equal share of the net. So base and single swaps are predicted exactly.
     for site, row in blocks.items():
         ms = [found[same[site, k]]["ms"] for k in range(len(row))]
         original_ms = max(base_ms / len(blocks), base_ms - min(value for value in ms if value is not None))
@@ -548,7 +548,7 @@ def latency_table(net, surrogates, sites, frame, target, deploy=None, device="cp
     deploy = deploy or (lambda module: copy.deepcopy(module).eval())
     rows = {s: [net.blocks()[s], *(surrogates[s][k] for k in sorted(surrogates[s]))] for s in sites}
     blocks = {site: [block for block in row if hub.get("inside") or not isinstance(block, nn.Identity)]
-              for site, row in rows.items()}      # inside the net, that no block is there is timed as well
+              for site, row in rows.items()}      # inside the net, leaving the block out is timed too
     if target == "paper":
         timing = paper_timing(sites, len(next(iter(blocks.values()), [])))
     elif target == "local":

@@ -298,7 +298,7 @@ def available(penalty):
 
 
 def initial_design(penalty, seed):
-    """Base, all-fastest, and INITIAL random configurations of one swap to all, evenly in log; no repeats.
+    """Base, all-fastest, and INITIAL random configurations of one swap up to all, evenly in log; no repeats.
 
     Where sites are many, a configuration that is swapped throughout tells nothing about one that is good.
     """
