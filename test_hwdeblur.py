@@ -2537,8 +2537,8 @@ class Training(unittest.TestCase):
         """Their options for GoPro at width 32."""
         preset = hwdeblur.PRESETS["paper"]
         self.assertEqual([preset[key] for key in ("width", "enc", "crop", "batch", "base_steps", "base_lr",
-                                                  "grad_clip")],
-                         [32, (1, 1, 1, 28), 256, 8 * 4, 200_000, 1e-3, 0.01])
+                                                  "grad_clip", "average")],
+                         [32, (1, 1, 1, 28), 256, 8 * 4, 200_000, 1e-3, 0.01, 0])
 
 
 class Controls(unittest.TestCase):
