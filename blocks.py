@@ -472,24 +472,44 @@ def count_macs(module, shape):
 
 # ----------------------------------------------------------------- saliency (section II-A, table 1)
 
-def _hessian_product(net, blur, sharp, loss, w, g):
+AT_ONCE = 2 ** 17       # pixels whose graph is held at a time: two crops of 256x256
+
+
+def _shares(net, blur, sharp, loss):
+    """What a few images at a time add to the mean loss of all, so that one small graph is held at a time."""
+    few = max(1, AT_ONCE // blur[0, 0].numel())
+    for x, y in zip(blur.split(few), sharp.split(few)):
+        yield loss(net(x), y) * (len(x) / len(blur))
+
+
+def _added_up(rows):
+    return [sum(values) for values in zip(*rows)]
+
+
+def _hessian_product(shares, w, g):
     """H g for the convolution weights w, by differentiating g'(w) . g (Pearlmutter 1994)."""
-    live = torch.autograd.grad(loss(net(blur), sharp), w, create_graph=True)
-    return torch.autograd.grad(sum((gi * li).sum() for gi, li in zip(g, live)), w)
+    def product(share):
+        live = torch.autograd.grad(share, w, create_graph=True)
+        return torch.autograd.grad(sum((gi * li).sum() for gi, li in zip(g, live)), w)
+
+    return _added_up(map(product, shares))
 
 
-def _fisher(net, blur, sharp, loss, convs):
-    """Fisher pruning score of each convolution (Theis et al. 2018; Turner et al. 2020)."""
+def _fisher(shares, convs, count):
+    """Fisher pruning score of each convolution on `count` images (Theis et al. 2018; Turner et al. 2020)."""
     acts = {}
+
+    def scores(share):
+        kept = [acts[conv] for conv in convs]
+        return [0.5 / count * (a * d).sum((2, 3)).square().sum()
+                for a, d in zip(kept, torch.autograd.grad(share, kept))]
+
     with contextlib.ExitStack() as hooks:
         for conv in convs:
             def keep(module, inputs, output):
                 acts[module] = output
             hooks.callback(conv.register_forward_hook(keep).remove)
-        value = loss(net(blur), sharp)
-    acts = [acts[conv] for conv in convs]
-    grads = torch.autograd.grad(value, acts)
-    return [0.5 * (a * d).sum((2, 3)).square().mean(0).sum() for a, d in zip(acts, grads)]
+        return _added_up(map(scores, shares))
 
 
 def _synflow(net, shape):
@@ -506,8 +526,8 @@ def _synflow(net, shape):
 def saliency(net, blur, sharp, loss):
     """Six zero-cost saliency measures of every block on one minibatch -> {measure: {site: float}}.
 
-    blur, sharp (B, 3, H, W); loss(output, target) -> scalar. Abdelfattah et al. 2021, their released
-    code with split_data=1, summed over the convolution weights w of a block; g = dL/dw:
+    blur, sharp (B, 3, H, W); loss(output, target) -> scalar, a mean over images: some at a time, it is added
+    up. Abdelfattah et al. 2021, summed over the convolution weights w of a block; g = dL/dw of all images:
     grad_norm sum |g|_2 per layer; snip sum |w g|; grasp -sum w (H g), H and g over all convolutions of
     the net; plain sum w g; synflow sum |w dR/dw|, R the summed output of the float64 net with |params|
     on ones; fisher sum over output channels of 1/2 mean_B (sum_HW a dL/da)^2, each channel once
@@ -516,12 +536,13 @@ def saliency(net, blur, sharp, loss):
     net = copy.deepcopy(net).requires_grad_(True)
     convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     w = [m.weight for m in convs]
-    g = torch.autograd.grad(loss(net(blur), sharp), w)
+    shares = lambda: _shares(net, blur, sharp, loss)
+    g = _added_up(torch.autograd.grad(share, w) for share in shares())
     per_layer = {
         "grad_norm": [gi.norm() for gi in g],
         "snip": [(wi * gi).abs().sum() for wi, gi in zip(w, g)],
-        "grasp": [-(wi * hi).sum() for wi, hi in zip(w, _hessian_product(net, blur, sharp, loss, w, g))],
-        "fisher": _fisher(net, blur, sharp, loss, convs),
+        "grasp": [-(wi * hi).sum() for wi, hi in zip(w, _hessian_product(shares(), w, g))],
+        "fisher": _fisher(shares(), convs, len(blur)),
         "plain": [(wi * gi).sum() for wi, gi in zip(w, g)],
         "synflow": _synflow(net, blur.shape[1:])}
     position = {m: i for i, m in enumerate(convs)}

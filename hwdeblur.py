@@ -1207,7 +1207,7 @@ def stage_base(job):
 def stage_saliency(job, base):
     """Section II-A, table 1: six measures on one minibatch, and the stage that stays."""
     config, net = job.config, base_net(base, job.device)
-    # 16 crops of 256x256 take 38 GiB at width 32, the demo's 128 of 64x64 7; 32 misjudged the critical stage.
+    # Of the demo's crops of 64x64, 32 misjudged the critical stage.
     count = max(16, min(128, 2 ** 19 // config.crop ** 2))
     batch = crops(job.pairs("train"), config.seed + 1, config.crop, count)(0)
     loss = functools.partial(blocks.psnr_loss, cap_db=config.cap_db)
@@ -1589,7 +1589,7 @@ def within_float16(net, pairs, device):
     norms = {name: size for name, size in large.items() if "in layer norm" in name and math.isfinite(size)}
     if norms:                                     # all layer norms divide first, which changes no result
         ratios = [(size / FLOAT16) ** (0.5 if "squares" in name else 1) for name, size in norms.items()]
-        divisor = 2 ** math.ceil(math.log2(max(ratios)))
+        divisor = 2 ** min(16, math.ceil(math.log2(max(ratios))))      # beyond, what goes in does not fit
         deployed, name = blocks.deploy(net, divisor), max(norms, key=norms.get)
         lines = [f"layer norms divide by {divisor} first: {name}, would reach {norms[name]:.3g} in float16"]
         large = beyond(deployed)

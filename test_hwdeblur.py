@@ -279,12 +279,21 @@ class Magnitudes(unittest.TestCase):
         found = blocks.magnitudes(deployed, [hwdeblur.as_batch([pairs[0][1]])])
         self.assertEqual(found["Sequential.1: sum in layer norm"], 4e4 + 2)
 
+    def test_no_layer_norm_divides_by_what_float16_cannot_hold_itself(self):
+        net = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), blocks.LayerNorm2d(3))
+        net[0].weight.data.fill_(1e36)
+        white = torch.full((3, 2, 2), 255).byte()
+        _, (first, *others) = hwdeblur.within_float16(net, [(white, white)], "cpu")
+        self.assertRegex(first, "layer norms divide by 65536 first: Sequential.1: sum in layer norm")
+        self.assertRegex(" ".join(others), r"Sequential.0: convolution, reaches 3e\+36")
+
 
 class Saliency(unittest.TestCase):
     """The net's own 64-bit copy and one layer at a time, by finite differences or explicit loops."""
 
     def setUp(self):
-        self.net, (self.blur, self.sharp) = small_net().double(), images(2, 2, 3, 8, 8).double()
+        self.enterContext(mock.patch.object(blocks, "AT_ONCE", 2 * 8 * 8))
+        self.net, (self.blur, self.sharp) = small_net().double(), images(2, 3, 3, 8, 8).double()
         self.scores = blocks.saliency(self.net, self.blur, self.sharp, F.mse_loss)
         self.w = {name: conv.weight for name, conv in convs(self.net).items()}
         self.layers = {site: [name for name, conv in convs(self.net).items() if conv in set(block.modules())]
@@ -299,7 +308,7 @@ class Saliency(unittest.TestCase):
         return {name: conv.weight.grad for name, conv in convs(net).items()}
 
     def test_measures_by_gradients_and_grasp_by_their_difference_along_the_gradient(self):
-        w, g, h = self.w, self.gradients(), 1e-4
+        w, g, h = self.w, self.gradients(), 2e-5
         ahead, behind = self.gradients(g, h), self.gradients(g, -h)
         for site, names in self.layers.items():
             self.assertEqual(len(names), 6)
@@ -316,14 +325,14 @@ class Saliency(unittest.TestCase):
         site, expected = "dec1.0", 0.0
 
         def loss(h):
-            factor = torch.ones(2, conv.out_channels, 1, 1, dtype=torch.float64)
+            factor = torch.ones(3, conv.out_channels, 1, 1, dtype=torch.float64)
             factor[n, channel] += h
             with torch.no_grad(), conv.register_forward_hook(lambda module, x, y: y * factor):
                 return F.mse_loss(self.net(self.blur), self.sharp).item()
 
         for conv in convs(self.net.blocks()[site]).values():
-            for channel, n in itertools.product(range(conv.out_channels), range(2)):
-                expected += 0.5 * slope(loss, 1e-5) ** 2 / 2
+            for channel, n in itertools.product(range(conv.out_channels), range(3)):
+                expected += 0.5 * slope(loss, 1e-5) ** 2 / 3
         self.assertAlmostEqual(self.scores["fisher"][site] / expected, 1, places=4)
 
     def test_synflow_by_finite_differences(self):
@@ -343,6 +352,12 @@ class Saliency(unittest.TestCase):
                 expected += abs(slope(flow, 1e-6))
             conv.weight.data = kept
         self.assertAlmostEqual(self.scores["synflow"][site] / expected, 1, places=4)
+
+    def test_the_graph_is_that_of_a_few_images_at_a_time(self):
+        seen = []
+        loss = lambda output, target: seen.append(len(output)) or F.mse_loss(output, target)
+        blocks.saliency(self.net, self.blur, self.sharp, loss)
+        self.assertEqual(seen, [2, 1] * 3)                             # gradient, Hessian product, Fisher
 
     def test_the_net_comes_back_untouched(self):
         net, state = small_net().train(), torch.get_rng_state()
