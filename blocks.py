@@ -698,8 +698,9 @@ def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None,
     rate = lambda step: cosine(step, steps, lr, lr / 4 if average else 1e-7)
     minimise(net, optimizer, ["psnr"], losses_at, steps, rate, state, each, clip)
     net.requires_grad_(False)
-    for p, kept in optimizer.state.items() if average else ():
-        p.copy_(kept["average"])
+    if average:
+        for p, kept in optimizer.state.items():
+            p.copy_(kept["average"])
     return net
 
 

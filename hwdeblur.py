@@ -710,7 +710,7 @@ def numbered_pair(seed, stream, size, number):
     Gain on six photographs, mean and worst, dB (seeds differ by .15): leaves blurred by 2 to 13 pixels -.03,
     -3.0; blur from none, soft lenses, stripes, calm scenes, thrice the pairs, --cap-db 30 .55, -.66; streaks,
     grain, depth of field .57, -.23; crops of 64 pixels, not 96, and twice the steps in the time .74, -.42;
-    --cap-db 32 .75, -.15 (34: .63, -.19); averaged weights, with rates down to a quarter .80, -.14 (a tenth:
+    --cap-db 32 .75, -.15 (34: .63, -.19); averaged weights, with rates down to a quarter .80, -.15 (a tenth:
     .72, -.29). No gain from tinted scenes, soft edges, L1 loss, other --batch, a quarter without blur, crops
     that grow from 48 to 96.
     """
