@@ -155,11 +155,11 @@ class Config:
     batch: int = knob(4, "base adapt", "crops per training step", 1)
     amp: bool = knob(False, "base distill finetune adapt", "train and distil in bfloat16 (autocast)")
     grad_clip: float = knob(0.0, "base finetune adapt", "norm that gradients are clipped to, 0: off", 0, 1e9)
-    cap_db: float = knob(32.0, "base saliency finetune adapt", "PSNR where the loss levels off", 1, 100, "dB")
+    cap_db: float = knob(30.0, "base saliency finetune adapt", "PSNR where the loss levels off", 1, 100, "dB")
     average: float = knob(8.0, "base finetune adapt", "average weights over steps t by t^X, rates "
                           "then falling only to a quarter; 0: off", 0, 1e3)
     tlc: bool = knob(False, "base adapt", "attend over 1.5 x --crop pixels, in every net (Chu et al. 2021)")
-    base_steps: int = knob(4000, "base", "length of base training", 0, 10 ** 7, "steps")
+    base_steps: int = knob(3200, "base", "length of base training", 0, 10 ** 7, "steps")
     base_lr: float = knob(2e-3, "base", "first learning rate, along a cosine", 1e-12, 1e30)
     frame: tuple = knob((256, 256), "profile adapt", "input of the profiled net, H or HxW", 1, 8192, "pixels")
     target: str = knob("local", "profile", "latency table: this machine, a phone, or the paper's table 2",
@@ -178,6 +178,8 @@ class Config:
     keep: int = knob(0, "saliency", "how many of the most salient stages stay with --space all", 0, 99)
     evaluations: int = knob(100, "search", "configurations that the search proposes (II-C)", 1)
     candidates: int = knob(2, "search", "architectures of the knee region that are fine-tuned (II-C)", 1)
+    refit: int = knob(64, "search", "training crops that a net's last convolution is fitted to, in closed "
+                      "form, before it is scored or tuned; 0: plug and play alone", 0, 10 ** 5)
     max_ms: float = knob(0.0, "search", "most predicted latency of a candidate, 0: any", 0, 1e9, "ms")
     max_loss_db: float = knob(0.0, "search", "most loss before fine-tuning, 0: any", 0, 1e3, "dB")
     from_: str = knob("", "finetune adapt", "a finetuned.pt to adapt to --data, without a search (III-C)")
@@ -195,7 +197,7 @@ class Config:
 PRESETS = {
     "demo": {},
     "paper": dict(width=32, enc=(1, 1, 1, 28), crop=256, batch=32, base_steps=200_000, base_lr=1e-3,
-                  grad_clip=0.01, cap_db=80.0, average=0.0, frame=(512, 512), distill_steps=20_000,
+                  grad_clip=0.01, cap_db=80.0, average=0.0, refit=0, frame=(512, 512), distill_steps=20_000,
                   distill_lr=1e-3, evaluations=200, candidates=3, finetune_steps=100_000, finetune_lr=1e-4,
                   pick="best", made_train=2000, made_size=384),
 }
@@ -1312,15 +1314,33 @@ def stage_distill(job, base, saliency):
     return {"params": params, "losses": last, "diverged": diverged}
 
 
-def scorer(net, surrogates, sites, val, device):
-    """The base net's validation PSNR in dB, and score(options) -> dB lost against it, plug and play."""
-    def score(options):
-        candidate = blocks.assemble(net, surrogates, choice_of(sites, options)).eval()
-        db = evaluate(candidate, val, device, with_ssim=False)["psnr_db"]
-        return base_db - (db if math.isfinite(db) else 0.0)            # an output that is not finite: 0 dB
+def assembler(job, net, distill):
+    """A function {site: option} -> the net with these options, as it is scored and as fine-tuning finds it.
 
-    base_db = evaluate(net, val, device, with_ssim=False)["psnr_db"]
-    return base_db, score
+    Plug and play (II-C); unless --refit is 0, the last convolution, the base's too, is fitted to as many
+    crops of the training pairs.
+    """
+    config, surrogates = job.config, trained_surrogates(net, distill, job.config.seed)
+    batches = []
+    if config.refit:
+        own = crops(job.pairs("train"), config.seed + 3, config.crop, config.refit)
+        batches = list(zip(*(as_batch(images, job.device).split(16) for images in agreed(lambda: own(0)))))
+
+    def assembled(choice):
+        candidate = blocks.assemble(net, surrogates, choice).eval()
+        return blocks.refit(candidate, batches, config.cap_db) if batches else candidate
+
+    return assembled
+
+
+def scorer(assembled, sites, val, device):
+    """The base net's validation PSNR in dB, and score(options) -> dB lost against it; see `assembler`."""
+    def val_db(choice):
+        db = evaluate(assembled(choice), val, device, with_ssim=False)["psnr_db"]
+        return db if math.isfinite(db) else 0.0   # an output that is not finite: 0 dB
+
+    base_db = val_db({})
+    return base_db, lambda options: base_db - val_db(choice_of(sites, options))
 
 
 def taken_back(options):
@@ -1437,11 +1457,11 @@ def searched(job, score, penalty):
 
 
 def stage_search(job, base, saliency, profile, distill):
-    """Section II-C: Bayesian search over all configurations; scored by plug-and-play passes."""
+    """Section II-C: Bayesian search over all configurations; scored without training."""
     config, sites, net = job.config, saliency["sites"], base_net(base, job.device)
     penalty = search.penalties(profile, sites, distill["diverged"])
     val = [load_pair(pair) for pair in job.pairs("val")]
-    base_db, score = scorer(net, trained_surrogates(net, distill, config.seed), sites, val, job.device)
+    base_db, score = scorer(assembler(job, net, distill), sites, val, job.device)
     history, scored, score_all = searched(job, score, penalty)
     proposed, limits = len(history), wished(config, profile)
     gain_db = base_db - means(image_scores(None, val, job.device, with_ssim=False))["psnr_db"]
@@ -1476,11 +1496,11 @@ def stage_finetune(job, base, distill, search):
     after 400, .03 from 1e-3. Averaged weights gain .05. No gain from twice the batch, betas of .9 .99,
     twice the rate, new batch norm statistics.
     """
-    config, net, sites = job.config, base_net(base, job.device), search["sites"]
-    surrogates, tuned, rows = trained_surrogates(net, distill, config.seed), [], []
+    config, sites, tuned, rows = job.config, search["sites"], [], []
+    assembled = assembler(job, base_net(base, job.device), distill)
     for n, i in enumerate(search["knee"], start=1):
         row = search["evaluations"][i]
-        start = blocks.assemble(net, surrogates, choice_of(sites, row["options"]))
+        start = assembled(choice_of(sites, row["options"]))
         label, part = f"finetune {n} of {len(search['knee'])}", f"finetuned.{n}.part"
         tuned.append(trained(job, start, config.finetune_steps, config.finetune_lr, label, part,
                              config.seed + 4))
@@ -1713,7 +1733,7 @@ def control_plan(job, base, saliency, profile, distill, found, finetune):
     penalty = search.penalties(profile, sites, distill["diverged"])
     val = [load_pair(pair) for pair in job.pairs("val")]
     scored = {tuple(row["options"]): row["loss_db"] for row in found["evaluations"]}
-    _, score = scorer(net, trained_surrogates(net, distill, config.seed), sites, val, job.device)
+    _, score = scorer(assembler(job, net, distill), sites, val, job.device)
     score_all = functools.partial(score_new, score, scored, lambda: None)
     chosen, _ = deployed_net(job, "chosen", chosen_net(finetune, job.device))
     width, gone = first(lambda: as_fast(job, profile, base["arch"], net, {"chosen": chosen},
@@ -1747,7 +1767,7 @@ def seconds_per_step(job, net, count=4):
     return statistics.median(np.diff(times))
 
 
-def trained_control(job, net, surrogates, arch, control):
+def trained_control(job, assembled, arch, control):
     """Train a control as base and candidates were -> (net, its validation dB [before, after] fine-tuning).
 
     From scratch, batch norms do nothing, as no distillation gave them statistics.
@@ -1762,7 +1782,7 @@ def trained_control(job, net, surrogates, arch, control):
                         f"control: {name}", f"{file}-base.part", config.seed)
         blocks.set_window(start, arch["window"])  # after training, as the base's is
     else:
-        start = blocks.assemble(net, surrogates, choice)
+        start = assembled(choice)
     tuned = trained(job, start, config.finetune_steps, config.finetune_lr, f"control: {name}", f"{file}.part",
                     config.seed + 4)
     db = [evaluate(each, job.pairs("val"), job.device, with_ssim=False)["psnr_db"] for each in (start, tuned)]
@@ -1781,7 +1801,7 @@ def control_nets(job, controls, base, distill, finetune):
     config, picked, base_db = job.config, finetune["candidates"][finetune["picked"]], base["val"]["psnr_db"]
     chosen = chosen_net(finetune, job.device), [picked["val_before_db"], picked["val_after_db"]]
     net = base_net(base, job.device)
-    surrogates = trained_surrogates(net, distill, config.seed)
+    assembled = assembler(job, net, distill)
     made = {"base": (net, [base_db, base_db]), "chosen": chosen}
     todo = [control for control in controls if control["name"] not in made and not control["missing"]]
     scratch, known = sum(control["scratch"] for control in todo), {swaps_of(finetune["choice"]): chosen}
@@ -1794,7 +1814,7 @@ def control_nets(job, controls, base, distill, finetune):
         key = name if control["scratch"] else swaps_of(control["choice"])
         try:
             if key not in known:
-                known[key] = trained_control(job, net, surrogates, base["arch"], control)
+                known[key] = trained_control(job, assembled, base["arch"], control)
             made[name] = known[key]
         except InputError as error:
             if "diverged" not in str(error):
@@ -2071,6 +2091,7 @@ def wish_list(found):
 def front_section(found, diverged, pick):
     """How the front came about, and why these candidates."""
     rows, proposed, ref = found["evaluations"], found["proposed"], found["ref"]
+    refit = found["config"]["refit"]
     left_out = ", ".join(f"{k} at {site}" for site, k in diverged)
     why = "The base is alone on the front, so it is the one candidate: nothing that was scored gains speed."
     if any(rows[found["knee"][0]]["options"]):
@@ -2082,7 +2103,8 @@ def front_section(found, diverged, pick):
                f"scaled to 1: {distances}. Picked after fine-tuning: the {pick}.")
     return ["## The front",
             f"{len(rows)} of {found['space']:,} configurations were scored: {proposed} that the search "
-            f"proposed, and {len(rows) - proposed} that take one swap of a candidate back; "
+            f"proposed, and {len(rows) - proposed} that take one swap of a candidate back"
+            f"{f', each with its last convolution fitted to {refit} training crops first' * bool(refit)}; "
             f"{len(found['front'])} are on the front. Hypervolume {found['hypervolume']:.3f}; its reference "
             f"point: {ref[0]:.2f} dB, and {ref[1]:.2f} times the latency of the base net's blocks.",
             *[f"Left out of the search, as their surrogates diverged: option {left_out}."] * bool(diverged),

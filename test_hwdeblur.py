@@ -439,6 +439,81 @@ class Distillation(unittest.TestCase):
         self.assertTrue(all(hwdeblur.finite(m.state_dict()) for m in surrogates["mid.0"].values()))
 
 
+class Refit(unittest.TestCase):
+    """The last convolution, fitted in closed form before a net is scored."""
+
+    def setUp(self):
+        self.net, self.seen = small_net().requires_grad_(False), []
+        self.batches = [(images(2, 3, 17, 19, seed=i), images(2, 3, 17, 19, seed=i + 9)) for i in (1, 2)]
+        self.batches[0][1][0] = self.batches[0][0][0] + 0.01           # hardly blurred, so of more weight
+
+    def test_it_is_the_weighted_ridge_regression_of_what_is_to_be_added(self):
+        hook = self.net.ending.register_forward_pre_hook(lambda _, inputs: self.seen.append(inputs[0]))
+        old = np.vstack([self.net.ending.weight.flatten(1).T, self.net.ending.bias])
+        for cap_db, ridge, stride in ((20.0, 0.5, 3), (80.0, 1e-2, 1)):
+            rows, targets, weights = [], [], []
+            for blur, sharp in self.batches:
+                self.net(blur)
+                features, mse = F.pad(self.seen.pop(), (1, 1, 1, 1)), (sharp - blur).square().mean((1, 2, 3))
+                for b, i, j in itertools.product((0, 1), range(0, 17, stride), range(0, 19, stride)):
+                    rows.append([*features[b, :, i:i + 3, j:j + 3].flatten().tolist(), 1.0])
+                    targets.append((sharp - blur)[b, :, i, j].tolist())
+                    weights.append(1 / (mse[b].item() + 10 ** (-cap_db / 10)))
+            rows, root = np.array(rows), np.sqrt(weights)[:, None]
+            pull = np.sqrt(ridge * (rows ** 2 * root ** 2).sum(0))
+            expected = np.linalg.lstsq(np.vstack([rows * root, np.diag(pull)]),
+                                       np.vstack([targets * root, pull[:, None] * old]))[0]
+            new = blocks.refit(self.net, self.batches, cap_db, ridge, stride).ending
+            np.testing.assert_allclose(new.weight.flatten(1).T, expected[:-1], rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(new.bias, expected[-1], rtol=1e-3, atol=1e-4)
+        hook.remove()
+
+    def test_all_else_is_shared_and_nothing_is_changed(self):
+        before, state = copy.deepcopy(self.net.state_dict()), torch.get_rng_state()
+        new = blocks.refit(self.net, self.batches)
+        self.assertTrue(same(self.net.state_dict(), before) and torch.equal(state, torch.get_rng_state()))
+        theirs = dict(self.net.named_parameters())
+        self.assertEqual([name for name, p in new.named_parameters() if p is not theirs[name]],
+                         ["ending.weight", "ending.bias"])
+        self.assertFalse(new.ending._forward_pre_hooks or self.net.ending._forward_pre_hooks)
+
+    def test_it_finds_the_weights_that_made_the_sharp_images(self):
+        batches = [(blur, self.net(blur).detach()) for blur, _ in self.batches]
+        spoilt = blocks.assemble(self.net, {}, {})
+        spoilt.ending = nn.Conv2d(4, 3, 3, padding=1)
+        new = blocks.refit(spoilt, batches, ridge=1e-9)
+        torch.testing.assert_close(new.ending.weight, self.net.ending.weight, rtol=1e-2, atol=1e-2)
+
+    def test_features_that_are_zero_or_infinite_give_the_old_weights_or_no_number(self):
+        for factor in (0.0, math.inf):
+            net = small_net()
+            net.decoders[-1].register_forward_hook(lambda *args: args[-1] * factor)
+            new = blocks.refit(net, self.batches).ending.weight
+            self.assertEqual(new.isfinite().all().item(), factor == 0)
+            self.assertEqual(torch.allclose(new, net.ending.weight), factor == 0)
+
+    def test_scoring_and_fine_tuning_start_from_it_and_fit_it_to_training_crops(self):
+        pairs = [tuple(images(3, 24, 24, seed=i).mul(255).byte() for i in (n, n + 5)) for n in range(3)]
+        read, base = [], small_net(enc=(1, 1))
+        for count in (0, 20):
+            config = hwdeblur.Config(crop=16, refit=count, seed=2, cap_db=25.0)
+            job = hwdeblur.Job(config, lambda split: read.append(split) or pairs, "cpu", Path(), {})
+            assembled = hwdeblur.assembler(job, base, {"params": {}})
+            self.assertEqual(set(read), {"train"} if count else set())
+            net = assembled({"mid.0": len(blocks.BLOCKS)})
+            expected = blocks.assemble(base, {}, {"mid.0": len(blocks.BLOCKS)})
+            if count:
+                blur, sharp = map(hwdeblur.as_batch, hwdeblur.crops(pairs, 5, 16, 20)(0))
+                expected = blocks.refit(expected, [(blur[:16], sharp[:16]), (blur[16:], sharp[16:])], 25.0)
+            self.assertTrue(same(net.state_dict(), expected.state_dict()))
+            base_db, score = hwdeblur.scorer(assembled, ["mid.0"], pairs, "cpu")
+            self.assertEqual(base_db, hwdeblur.evaluate(assembled({}), pairs)["psnr_db"])
+            self.assertEqual(score((0,)), 0.0)
+            self.assertEqual(score((len(blocks.BLOCKS),)),
+                             base_db - hwdeblur.evaluate(expected, pairs)["psnr_db"])
+        self.assertEqual(hwdeblur.PRESETS["paper"]["refit"], 0)
+
+
 class Comparison(unittest.TestCase):
     """What a search is to be compared with."""
 
@@ -2684,7 +2759,7 @@ class Controls(unittest.TestCase):
         tuned = {"candidates": [{"val_before_db": 1.0, "val_after_db": 2.0}], "picked": 0,
                  "choice": {"mid.0": 1}}
         known = dict(chosen_net=lambda *args: net, seconds_per_step=lambda *args: 0.5,
-                     trained_control=lambda *args: (net, [1, 2]))
+                     trained_control=lambda *args: (net, [1, 2]), assembler=lambda *args: None)
         with mock.patch.multiple(hwdeblur, **known), contextlib.redirect_stderr(io.StringIO()) as said:
             hwdeblur.control_nets(job, controls, {**as_base(net), "val": {"psnr_db": 30.0}}, {"params": {}},
                                   tuned)
@@ -2697,7 +2772,7 @@ class Controls(unittest.TestCase):
         with mock.patch.multiple(hwdeblur, trained=lambda job, net, *more: net,
                                  evaluate=lambda *args, **more: {"psnr_db": next(scores)}), \
                 self.assertRaisesRegex(hwdeblur.InputError, "control: a diverged"):
-            hwdeblur.trained_control(job, small_net(), {}, {}, control)
+            hwdeblur.trained_control(job, lambda choice: small_net(), {}, control)
 
     def test_a_tau_of_few_configurations_is_not_shown(self):
         base = self.row("base", None, 0.1, psnr_db=33.0, ssim=0.9, params=1, gmacs=1.0, val_before_db=30.0,
@@ -2771,7 +2846,7 @@ class Choice(unittest.TestCase):
 
     def test_an_output_that_is_not_finite_scores_0_db(self):
         with mock.patch.object(hwdeblur, "evaluate", side_effect=[{"psnr_db": 30.0}, {"psnr_db": math.nan}]):
-            base_db, score = hwdeblur.scorer(small_net(), {}, [], [], "cpu")
+            base_db, score = hwdeblur.scorer(lambda choice: None, [], [], "cpu")
             self.assertEqual((base_db, score(())), (30.0, 30.0))
 
     def test_each_rank_scores_the_proposal_of_its_number(self):
@@ -2863,7 +2938,8 @@ class OneNet(unittest.TestCase):
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out / "in.png")
         pairs, plain = [(picture, picture)] * 2, small_net(enc=(1, 1))
         torch.save(plain.state_dict(), out / "w.pth")
-        config = hwdeblur.Config(weights=str(out / "w.pth"), tlc=True, crop=8, candidates=1, finetune_steps=0)
+        config = hwdeblur.Config(weights=str(out / "w.pth"), tlc=True, crop=8, candidates=1, finetune_steps=0,
+                                 refit=0)
         job = hwdeblur.Job(config, lambda split: pairs, "cpu", out, {"stage": "finetune", "seed": 0})
         base = hwdeblur.stage_base(job)
         expected = copy.deepcopy(plain)
@@ -2923,7 +2999,7 @@ class OneNet(unittest.TestCase):
         seen.clear()
         with mock.patch.object(blocks, "train", lambda net, *more: seen.append(windows(net))
                                or train(net, *more)):
-            tuned, _ = quiet(hwdeblur.trained_control, job, net, {}, arch, control)
+            tuned, _ = quiet(hwdeblur.trained_control, job, None, arch, control)
         self.assertEqual(seen, [dict.fromkeys(expected), expected])
         self.assertEqual((windows(tuned), tuned.intro.out_channels), (expected, 2))
 
@@ -3593,7 +3669,7 @@ class Whole(unittest.TestCase):
 
         seed, read, Job = None, set(), hwdeblur.Job
         with mock.patch.object(blocks, "train", watched), mock.patch.multiple(
-                hwdeblur, crops=noting, scorer=lambda *args: scored.extend(args[3]) or scorer(*args),
+                hwdeblur, crops=noting, scorer=lambda *args: scored.extend(args[2]) or scorer(*args),
                 Job=lambda config, *args: Job(Watched(config, read), *args)):
             printed, said = self.done("--stage", "control", *flags, out=out)
         art = json.loads((out / "control.json").read_text())
@@ -3605,7 +3681,7 @@ class Whole(unittest.TestCase):
         self.assertRegex(said, r"control: \d nets to train, 2 of them from scratch, \d+ steps in all")
         self.assertEqual({row[:3] for row in trained}, {(3, 2e-3, 0), (2, 1e-3, 4)})           # as before
         self.assertEqual(len(set(trained)), 2)    # the same crops, whatever the net
-        self.assertEqual({row[4] for row in trained}, {(0.0, 32.0, 8.0)})
+        self.assertEqual({row[4] for row in trained}, {(0.0, 30.0, 8.0)})
         val = quiet(hwdeblur.split_pairs, hwdeblur.Config(made_test=2, made_size=48), "val")
         self.assertEqual(hwdeblur.digest(scored), hwdeblur.digest(val))
         self.assertEqual([row[0] for row in trained].count(3), 2)
