@@ -764,32 +764,33 @@ def assemble(net, surrogates, choice):
     return new
 
 
-def refit(net, batches, cap_db=80.0, ridge=1e-2, stride=3):
-    """`net` with its last convolution fitted to (blurred, sharp) batches in closed form; all else is shared.
+def refit(net, batches, cap_db=80.0, ridge=0.1, stride=3):
+    """`net` in eval mode, its last convolution fitted to (blurred, sharp) batches in closed form.
 
-    Swaps shift the features that it adds up, which costs much at first and is soon won back in training, so
-    that it hides what swaps are worth. Hence, with no training, a ridge regression (Hoerl & Kennard 1970) of
-    sharp - blurred, (B, 3, H, W), on the features around every `stride`-th pixel of every `stride`-th row; an
-    odd stride, since pixels come from 2x2 shuffles. An image weighs 1 / (MSE of the blurred one + 10^(-cap_db
-    / 10)), much as in `psnr_loss`. ridge: pull to the weights as they are, a share of each feature's power.
+    Swaps shift the features that it adds up, which costs much at first and little once trained, and hides
+    what swaps are worth. Hence, with no training, a ridge regression (Hoerl & Kennard 1970) of sharp -
+    blurred, (B, 3, H, W), on the features around every `stride`-th pixel of every `stride`-th row; an odd
+    stride, as pixels come from 2x2 shuffles. An image weighs as in `psnr_loss`, 1 / (MSE + 10^(-cap_db / 10))
+    of what `net` makes of it. ridge: the pull to the weights as they are, a share of each feature's power.
+    All else is shared with `net`, as by `assemble`.
     """
-    new, seen, gram, moment = assemble(net, {}, {}), [], 0.0, 0.0
+    new, seen, gram, moment = assemble(net, {}, {}).eval(), [], 0.0, 0.0
     conv = new.ending
     hook = conv.register_forward_pre_hook(lambda conv, inputs: seen.append(inputs[0]))
     for blur, sharp in batches:
         with torch.no_grad():
-            new(blur)
-        y = (sharp - blur)[..., ::stride, ::stride]
+            mse = (new(blur) - sharp).square().mean((1, 2, 3), keepdim=True)
+        weight, y = 1 / (mse + 10 ** (-cap_db / 10)), (sharp - blur)[..., ::stride, ::stride]
         x = F.unfold(seen[-1], conv.kernel_size, padding=conv.padding, stride=stride)
         x = x.unflatten(2, [-(-side // stride) for side in seen.pop().shape[-2:]])
         x = torch.cat([x[..., :y.shape[-2], :y.shape[-1]], torch.ones_like(y[:, :1])], 1)
-        weight = 1 / ((sharp - blur).square().mean((1, 2, 3), keepdim=True) + 10 ** (-cap_db / 10))
         x, wx, y = (each.movedim(1, 0).flatten(1) for each in (x, weight * x, y))
         gram, moment = gram + (wx @ x.T).double(), moment + (wx @ y.T).double()
     hook.remove()
     old = torch.cat([conv.weight.flatten(1), conv.bias[:, None]], 1).detach().double().T
     pull = (ridge * gram.diagonal()).clamp_min(1e-12)
-    fitted = torch.linalg.solve(gram + pull.diag(), moment + pull[:, None] * old).T.float()
+    fitted, _ = torch.linalg.solve_ex(gram + pull.diag(), moment + pull[:, None] * old)
+    fitted = fitted.T.to(conv.weight.dtype)
     weight = fitted[:, :-1].reshape(conv.weight.shape).contiguous(memory_format=torch.channels_last)
     conv.weight = nn.Parameter(weight, requires_grad=False)
     conv.bias = nn.Parameter(fitted[:, -1].contiguous(), requires_grad=False)

@@ -179,7 +179,7 @@ class Config:
     evaluations: int = knob(100, "search", "configurations that the search proposes (II-C)", 1)
     candidates: int = knob(2, "search", "architectures of the knee region that are fine-tuned (II-C)", 1)
     refit: int = knob(64, "search", "training crops that a net's last convolution is fitted to, in closed "
-                      "form, before it is scored or tuned; 0: plug and play alone", 0, 10 ** 5)
+                      "form, before it is scored or tuned; 0: plug and play alone", 0, 10 ** 4)
     max_ms: float = knob(0.0, "search", "most predicted latency of a candidate, 0: any", 0, 1e9, "ms")
     max_loss_db: float = knob(0.0, "search", "most loss before fine-tuning, 0: any", 0, 1e3, "dB")
     from_: str = knob("", "finetune adapt", "a finetuned.pt to adapt to --data, without a search (III-C)")
@@ -1318,18 +1318,17 @@ def stage_distill(job, base, saliency):
 def assembler(job, net, distill):
     """A function {site: option} -> the net with these options, as it is scored and as fine-tuning finds it.
 
-    Plug and play (II-C); unless --refit is 0, the last convolution, the base's too, is fitted to as many
-    crops of the training pairs. Kendall's tau of score and fine-tuned PSNR, seven nets: .62, and .81 so.
+    Plug and play (II-C), and where there is a swap, the last convolution fitted to --refit training crops.
     """
-    config, surrogates = job.config, trained_surrogates(net, distill, job.config.seed)
-    batches = []
+    config, surrogates, batches = job.config, trained_surrogates(net, distill, job.config.seed), []
     if config.refit:
         own = crops(job.pairs("train"), config.seed + 3, config.crop, config.refit)
-        batches = list(zip(*(as_batch(images, job.device).split(16) for images in agreed(lambda: own(0)))))
+        share = max(1, blocks.AT_ONCE // config.crop ** 2)
+        batches = list(zip(*(as_batch(each, job.device).split(share) for each in agreed(lambda: own(0)))))
 
     def assembled(choice):
-        candidate = blocks.assemble(net, surrogates, choice).eval()
-        return blocks.refit(candidate, batches, config.cap_db) if batches else candidate
+        new = blocks.assemble(net, surrogates, choice).eval()
+        return blocks.refit(new, batches, config.cap_db) if batches and any(choice.values()) else new
 
     return assembled
 
@@ -1709,7 +1708,7 @@ def as_fast(job, profile, arch, net, chosen, order):
 def configurations(config, penalty, chosen, score_all):
     """{name: options, None where there are none} of the controls of the chosen options' predicted latency.
 
-    score_all([options, ...]) -> dB lost by each, plug and play.
+    score_all([options, ...]) -> dB lost by each, before fine-tuning.
     """
     limit, base = search.total_penalty(penalty, chosen) + 1e-9, (0,) * len(penalty)
     swaps = list(dict.fromkeys(search.neighbours([base], search.available(penalty))))
@@ -2105,7 +2104,7 @@ def front_section(found, diverged, pick):
     return ["## The front",
             f"{len(rows)} of {found['space']:,} configurations were scored: {proposed} that the search "
             f"proposed, and {len(rows) - proposed} that take one swap of a candidate back"
-            f"{f', each with its last convolution fitted to {refit} training crops first' * bool(refit)}; "
+            f"{f', with the last convolution fitted to {refit} training crops first' * bool(refit)}; "
             f"{len(found['front'])} are on the front. Hypervolume {found['hypervolume']:.3f}; its reference "
             f"point: {ref[0]:.2f} dB, and {ref[1]:.2f} times the latency of the base net's blocks.",
             *[f"Left out of the search, as their surrogates diverged: option {left_out}."] * bool(diverged),
@@ -2239,15 +2238,15 @@ def control_section(config, control):
     tau = f"Kendall's tau {control['tau']:.2f}" if count >= 8 else "too few to say"
     between = " (95 %: {:+.2f} to {:+.2f})".format(*base["interval_db"]) if base["interval_db"] else ""
     return ["## Is the search worth it?", control_table(control),
-            f"All but the base had {config.finetune_steps} steps of fine-tuning, the chosen net as a "
-            f"candidate. Narrower and from scratch had {config.base_steps} steps of a base's training before "
-            "that, with batch norms that do nothing, since no distillation gave them statistics. Narrower: "
-            "the largest width that is no slower than the chosen net. Shallower: without the least salient "
-            "blocks, as few as bring that latency. One option everywhere: the one that scores best of those "
-            "predicted to be no slower. Budgeted sum: what loses least at the chosen net's predicted latency "
-            f"if the losses of single swaps ({control['single_swaps']} were scored) add up. Random: of that "
-            "predicted latency within 3 %.",
-            f"Does the plug-and-play score tell what fine-tuning gives? {count} configurations were scored "
+            f"All but the base had {config.finetune_steps} steps of fine-tuning from what was scored, the "
+            f"chosen net as a candidate. Narrower and from scratch had {config.base_steps} steps of a base's "
+            "training before that, with batch norms that do nothing, since no distillation gave them "
+            "statistics. Narrower: the largest width that is no slower than the chosen net. Shallower: "
+            "without the least salient blocks, as few as bring that latency. One option everywhere: the one "
+            "that scores best of those predicted to be no slower. Budgeted sum: what loses least at the "
+            f"chosen net's predicted latency if the losses of single swaps ({control['single_swaps']} were "
+            "scored) add up. Random: of that predicted latency within 3 %.",
+            f"Does the score of the search tell what fine-tuning gives? {count} configurations were scored "
             f"and fine-tuned: {tau}. On test the base as it was is {base['ahead_db']:+.2f} dB{between} from "
             "the chosen net; intervals by the bootstrap over images.",
             *([measured_on(control["measured_on"])] if base["latency_ms"] is not None else [])]

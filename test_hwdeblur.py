@@ -445,7 +445,7 @@ class Refit(unittest.TestCase):
     def setUp(self):
         self.net, self.seen = small_net().requires_grad_(False), []
         self.batches = [(images(2, 3, 17, 19, seed=i), images(2, 3, 17, 19, seed=i + 9)) for i in (1, 2)]
-        self.batches[0][1][0] = self.batches[0][0][0] + 0.01           # hardly blurred, so of more weight
+        self.batches[0][1][0] = self.net(self.batches[0][0])[0] + 0.01             # so of more weight
 
     def test_it_is_the_weighted_ridge_regression_of_what_is_to_be_added(self):
         hook = self.net.ending.register_forward_pre_hook(lambda _, inputs: self.seen.append(inputs[0]))
@@ -453,8 +453,9 @@ class Refit(unittest.TestCase):
         for cap_db, ridge, stride in ((20.0, 0.5, 3), (80.0, 1e-2, 1)):
             rows, targets, weights = [], [], []
             for blur, sharp in self.batches:
-                self.net(blur)
-                features, mse = F.pad(self.seen.pop(), (1, 1, 1, 1)), (sharp - blur).square().mean((1, 2, 3))
+                output = self.net(blur)
+                mse = (sharp - output).square().mean((1, 2, 3))
+                features = F.pad(self.seen.pop(), (1, 1, 1, 1))
                 for b, i, j in itertools.product((0, 1), range(0, 17, stride), range(0, 19, stride)):
                     rows.append([*features[b, :, i:i + 3, j:j + 3].flatten().tolist(), 1.0])
                     targets.append((sharp - blur)[b, :, i, j].tolist())
@@ -476,6 +477,22 @@ class Refit(unittest.TestCase):
         self.assertEqual([name for name, p in new.named_parameters() if p is not theirs[name]],
                          ["ending.weight", "ending.bias"])
         self.assertFalse(new.ending._forward_pre_hooks or self.net.ending._forward_pre_hooks)
+        self.assertTrue(new.ending.weight.is_contiguous(memory_format=torch.channels_last))
+        norms = blocks.assemble(self.net, {"mid.0": {1: blocks.new_surrogate(self.net, "mid.0", 1, 0)}},
+                                {"mid.0": 1}).train()
+        blocks.set_window(norms, 8)
+        before, new = copy.deepcopy(norms.state_dict()), blocks.refit(norms, self.batches)
+        self.assertTrue(same(norms.state_dict(), before))
+        before.update(new.ending.state_dict(prefix="ending."))
+        self.assertTrue(same(new.state_dict(), before))        # batch norms and windows stay
+        self.assertEqual((new.training, new.blocks()["enc1.0"].window), (False, 4))
+
+    def test_no_graph_is_kept_and_no_pixel_of_the_2x2_shuffles_favoured(self):
+        self.net.requires_grad_(True).decoders[-1].register_forward_hook(
+            lambda *args: self.seen.append(args[-1].requires_grad))
+        blocks.refit(self.net, self.batches)
+        self.assertEqual(self.seen, [False, False])
+        self.assertEqual(blocks.refit.__defaults__[-1] % 2, 1)
 
     def test_it_finds_the_weights_that_made_the_sharp_images(self):
         batches = [(blur, self.net(blur).detach()) for blur, _ in self.batches]
@@ -495,6 +512,7 @@ class Refit(unittest.TestCase):
     def test_scoring_and_fine_tuning_start_from_it_and_fit_it_to_training_crops(self):
         pairs = [tuple(images(3, 24, 24, seed=i).mul(255).byte() for i in (n, n + 5)) for n in range(3)]
         read, base = [], small_net(enc=(1, 1))
+        self.enterContext(mock.patch.object(blocks, "AT_ONCE", 700))
         for count in (0, 20):
             config = hwdeblur.Config(crop=16, refit=count, seed=2, cap_db=25.0)
             job = hwdeblur.Job(config, lambda split: read.append(split) or pairs, "cpu", Path(), {})
@@ -503,11 +521,11 @@ class Refit(unittest.TestCase):
             net = assembled({"mid.0": len(blocks.BLOCKS)})
             expected = blocks.assemble(base, {}, {"mid.0": len(blocks.BLOCKS)})
             if count:
-                blur, sharp = map(hwdeblur.as_batch, hwdeblur.crops(pairs, 5, 16, 20)(0))
-                expected = blocks.refit(expected, [(blur[:16], sharp[:16]), (blur[16:], sharp[16:])], 25.0)
+                batch = map(hwdeblur.as_batch, hwdeblur.crops(pairs, 5, 16, 20)(0))
+                expected = blocks.refit(expected, [*zip(*(each.split(2) for each in batch))], 25.0)
             self.assertTrue(same(net.state_dict(), expected.state_dict()))
             base_db, score = hwdeblur.scorer(assembled, ["mid.0"], pairs, "cpu")
-            self.assertEqual(base_db, hwdeblur.evaluate(assembled({}), pairs)["psnr_db"])
+            self.assertEqual(base_db, hwdeblur.evaluate(base, pairs)["psnr_db"])
             self.assertEqual(score((0,)), 0.0)
             self.assertEqual(score((len(blocks.BLOCKS),)),
                              base_db - hwdeblur.evaluate(expected, pairs)["psnr_db"])
@@ -2171,9 +2189,11 @@ class Report(unittest.TestCase):
         rows = [{"options": [0], "loss_db": 0.0, "penalty": 1.0, "latency_ms": 5.0}, {"options": [1]}]
         found = {"evaluations": rows, "front": [0], "knee": [0],
                  "ref": [1.0, 1.1], "proposed": 1, "space": 2, "hypervolume": 0.1, "below_chord": [0.0]}
-        parts = hwdeblur.front_section(found, [], "best")
-        self.assertRegex(parts[-1], "base is alone")
-        self.assertRegex(parts[1], "2 of 2 configurations were scored: 1 that .* proposed, and 1 that take")
+        for refit, told in ((0, ""), (9, ", with the last convolution fitted to 9 training crops first")):
+            parts = hwdeblur.front_section({**found, "config": {"refit": refit}}, [], "best")
+            self.assertRegex(parts[-1], "base is alone")
+            self.assertRegex(parts[1], "2 of 2 configurations were scored: 1 that .* proposed, and 1 that "
+                             f"take one swap of a candidate back{told};")
 
     TABLE_1 = {  # as printed in the paper
         "stages": ("enc0", "enc1", "enc2", "enc3", "mid", "dec3", "dec2", "dec1", "dec0"),
@@ -3646,9 +3666,10 @@ class Whole(unittest.TestCase):
                 seeds.append(seed) or crops(pairs, seed, *more))):
             self.done("--stage", "all", "--target", "paper", *TINY, out=self.out.parent / "splits")
         self.assertEqual(asked, {("base", "train"), ("base", "val"), ("saliency", "train"),
-                                 ("distill", "train"), ("search", "val"), ("finetune", "train"),
-                                 ("finetune", "val"), ("evaluate", "test"), ("report", "test")})
-        self.assertEqual(list(dict.fromkeys(seeds)), [0, 1, 2, 4])
+                                 ("distill", "train"), ("search", "val"), ("search", "train"),
+                                 ("finetune", "train"), ("finetune", "val"),
+                                 ("evaluate", "test"), ("report", "test")})
+        self.assertEqual(list(dict.fromkeys(seeds)), [0, 1, 2, 3, 4])
         for stage, (entries, noted) in read.items():           # what a stage reads its artefact tells
             self.assertEqual(entries - noted - {"workers"} if stage != "report" else set(), set(), stage)
         self.assertLess({"target", "frame"}, read["profile"][0])
