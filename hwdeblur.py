@@ -186,7 +186,8 @@ class Config:
     finetune_steps: int = knob(600, "finetune adapt", "length, for each candidate", 0, 10 ** 7, "steps")
     finetune_lr: float = knob(1e-3, "finetune adapt", "first learning rate, along a cosine", 1e-12, 1e30)
     pick: str = knob("near-best", "finetune", "which candidate: best (PSNR, II-C), fastest (III-A), or "
-                     "near-best, the fastest within 0.1 dB of best", choices=("near-best", "best", "fastest"))
+                     "near-best, the fastest within 0.1 dB of best or of the base",
+                     choices=("near-best", "best", "fastest"))
     test: tuple = knob((), "evaluate adapt control", "a further test set, folder or list; repeatable")
     controls: int = knob(3, "control", "how many of them are random configurations", 0, 999)
     control_scratch: bool = knob(False, "control", "train some from scratch even if --weights gave the base")
@@ -1481,10 +1482,13 @@ def stage_search(job, base, saliency, profile, distill):
             "taken_back": [swap_effects(history[i], scored, sites, profile) for i in knee]}
 
 
-def picked(candidates, pick):
-    """Position of the best (PSNR on validation), the fastest, or the fastest within 0.1 dB of the best."""
-    below = {"best": 0.0, "near-best": 0.1, "fastest": math.inf}[pick]
-    least = max(row["val_after_db"] for row in candidates) - below
+def picked(candidates, pick, base_db):
+    """Position of the best (PSNR on validation), the fastest, or the near-best of the candidates.
+
+    Near-best: the fastest within 0.1 dB of the best or, where that is worse, of the base net.
+    """
+    best = max(row["val_after_db"] for row in candidates)
+    least = {"best": best, "near-best": min(best, base_db) - 0.1, "fastest": -math.inf}[pick]
     return min((n for n, row in enumerate(candidates) if row["val_after_db"] >= least),
                key=lambda n: candidates[n]["latency_ms"])
 
@@ -1508,7 +1512,7 @@ def stage_finetune(job, base, distill, search):
         if math.isnan(after):
             raise InputError(f"finetune: candidate {n} diverged: lower --finetune-lr {config.finetune_lr}")
         rows.append({**row, "val_before_db": search["base_val_db"] - row["loss_db"], "val_after_db": after})
-    best = picked(rows, config.pick)
+    best = picked(rows, config.pick, base["val"]["psnr_db"])
     return {"params": state_of(tuned[best]), "arch": base["arch"], "picked": best, "candidates": rows,
             "choice": choice_of(sites, rows[best]["options"])}
 

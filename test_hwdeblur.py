@@ -2844,8 +2844,9 @@ class Choice(unittest.TestCase):
     def test_near_best_is_the_fastest_within_a_tenth_of_a_db(self):
         rows = [{"val_after_db": db, "latency_ms": ms} for db, ms in ((30.0, 9), (29.92, 8), (29.85, 7))]
         for pick, n in (("best", 0), ("near-best", 1), ("fastest", 2)):
-            self.assertEqual(hwdeblur.picked(rows, pick), n)
-        self.assertEqual(hwdeblur.picked(rows[::-1], "near-best"), 1)
+            self.assertEqual(hwdeblur.picked(rows, pick, 31.0), n)
+        self.assertEqual(hwdeblur.picked(rows[::-1], "near-best", 31.0), 1)
+        self.assertEqual([hwdeblur.picked(rows, "near-best", db) for db in (29.96, 29.94)], [1, 2])
 
     def test_candidates_are_the_knee_then_faster_ones_then_the_rest(self):
         Y = [(0.0, 1.0), (0.01, 0.8), (0.1, 0.5), (0.13, 0.49), (0.4, 0.3), (0.8, 0.1), (1.0, 0.0)]
@@ -2968,7 +2969,9 @@ class OneNet(unittest.TestCase):
         self.assertNotEqual(base["val"], hwdeblur.evaluate(plain, pairs))
         found = {"sites": ["mid.0"], "base_val_db": 0.0, "knee": [0],
                  "evaluations": [{"options": [0], "loss_db": 0.0, "latency_ms": 1.0}]}
-        tuned = quiet(hwdeblur.stage_finetune, job, base, {"params": {}}, found)
+        with mock.patch.object(hwdeblur, "picked", return_value=0) as picked:
+            tuned = quiet(hwdeblur.stage_finetune, job, base, {"params": {}}, found)
+        self.assertEqual(picked.call_args.args[1:], ("near-best", base["val"]["psnr_db"]))
         self.assertEqual(tuned["candidates"][0]["val_after_db"], base["val"]["psnr_db"])
         head = {"stage": "finetune", "seed": 0, "config": {"frame": [40, 36]}, "inputs": {},
                 "options": [block.__name__ for block in blocks.BLOCKS]}
