@@ -475,10 +475,15 @@ def count_macs(module, shape):
 AT_ONCE = 2 ** 17       # pixels whose graph is held at a time: two crops of 256x256
 
 
+def few_at_once(blur, sharp):
+    """[(blurred, sharp), ...] of AT_ONCE pixels or one image each, from two (B, 3, H, W)."""
+    few = max(1, AT_ONCE // blur[0, 0].numel())
+    return list(zip(blur.split(few), sharp.split(few)))
+
+
 def _shares(net, blur, sharp, loss):
     """What a few images at a time add to the mean loss of all, so that one small graph is held at a time."""
-    few = max(1, AT_ONCE // blur[0, 0].numel())
-    for x, y in zip(blur.split(few), sharp.split(few)):
+    for x, y in few_at_once(blur, sharp):
         yield loss(net(x), y) * (len(x) / len(blur))
 
 

@@ -714,9 +714,9 @@ def numbered_pair(seed, stream, size, number):
     -3.0; blur from none, soft lenses, stripes, calm scenes, thrice the pairs, --cap-db 30 .55, -.66; streaks,
     grain, depth of field .57, -.23; crops of 64 pixels, not 96, and twice the steps in the time .74, -.42;
     --cap-db 32 .75, -.15 (34: .63, -.19); averaged weights, with rates down to a quarter .80, -.15 (a tenth:
-    .72, -.29); with those, --cap-db 30 .87, -.24 (3,200 steps .76, -.09). No gain from tinted
-    scenes, soft edges, L1 loss, other --batch, a quarter without blur, crops that grow from 48 to 96, half or
-    twice the rate.
+    .72, -.29); with those, --cap-db 30 .87, -.24 (3,200 steps .76, -.09). No gain from tinted scenes, soft
+    edges, L1 loss, other --batch, a quarter without blur, crops that grow from 48 to 96, half or twice the
+    rate.
     """
     rng = np.random.default_rng([seed, stream, number])
     if stream:
@@ -1324,8 +1324,7 @@ def assembler(job, net, distill):
     config, surrogates, batches = job.config, trained_surrogates(net, distill, job.config.seed), []
     if config.refit:
         own = crops(job.pairs("train"), config.seed + 3, config.crop, config.refit)
-        share = max(1, blocks.AT_ONCE // config.crop ** 2)
-        batches = list(zip(*(as_batch(each, job.device).split(share) for each in agreed(lambda: own(0)))))
+        batches = blocks.few_at_once(*(as_batch(images, job.device) for images in agreed(lambda: own(0))))
 
     def assembled(choice):
         new = blocks.assemble(net, surrogates, choice).eval()
