@@ -3,7 +3,7 @@
 A latency table is plain JSON: sites {site: [ms of option 0, 1, .., None where the device cannot run it]},
 rest_ms (the net without those blocks), base_ms (the whole base net, timed at once), scale (of blocks in sums,
 see `whole_net`), options (class names), frame [H, W], what it was measured on, and, from AI Hub, modules
-{name: its `profile_hub` result and sites}. Batch 1. Needs torch alone (qai_hub where AI Hub is asked for).
+{name: its `profile_hub` result and sites}. Batch 1. Needs torch and numpy (qai_hub for AI Hub).
 """
 import argparse
 import contextlib
@@ -612,6 +612,8 @@ def main(argv=None):
         parser.error("--width must be even and --frame at least 16")
     try:
         torch.empty(0, device=args.device)
+        if torch.device(args.device).type not in ("cpu", "cuda"):
+            raise RuntimeError("cpu and cuda alone are timed")
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device} is not to be had here: {str(error).splitlines()[0]}")
     shapes = [(1, args.width * 2 ** i, args.frame // 2 ** i, args.frame // 2 ** i) for i in range(5)]
