@@ -135,6 +135,11 @@ def knob(default, stages, help, least=None, most=10 ** 9, unit="", choices=None)
         stages=stages.split(), help=help, unit=unit, least=least, most=most, choices=choices))
 
 
+# What --pick takes, in words.
+PICKS = {"near-best": "the fastest within 0.05 dB of the best of them",
+         "best": "the best", "fastest": "the fastest"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that decides the result. Defaults are the demo preset, sized for two CPU cores."""
@@ -183,11 +188,10 @@ class Config:
     max_ms: float = knob(0.0, "search", "most predicted latency of a candidate, 0: any", 0, 1e9, "ms")
     max_loss_db: float = knob(0.0, "search", "most loss before fine-tuning, 0: any", 0, 1e3, "dB")
     from_: str = knob("", "finetune adapt", "a finetuned.pt to adapt to --data, without a search (III-C)")
-    finetune_steps: int = knob(1000, "finetune adapt", "length, for each candidate", 0, 10 ** 7, "steps")
+    finetune_steps: int = knob(600, "finetune adapt", "length, for each candidate", 0, 10 ** 7, "steps")
     finetune_lr: float = knob(1e-3, "finetune adapt", "first learning rate, along a cosine", 1e-12, 1e30)
     pick: str = knob("near-best", "finetune", "which candidate: best (PSNR, II-C), fastest (III-A), or "
-                     "near-best, the fastest within 0.1 dB of the worse of best and base",
-                     choices=("near-best", "best", "fastest"))
+                     "near-best, the fastest within 0.05 dB of the best", choices=tuple(PICKS))
     test: tuple = knob((), "evaluate adapt control", "a further test set, folder or list; repeatable")
     controls: int = knob(3, "control", "how many of them are random configurations", 0, 999)
     control_scratch: bool = knob(False, "control", "train some from scratch even if --weights gave the base")
@@ -1399,12 +1403,15 @@ def useful(front, losses, gain_db, limits=(math.inf, math.inf)):
     return [i for i in front if losses[i] < gain_db or gain_db <= 0 or any(map(math.isfinite, limits))]
 
 
+WON_BACK_DB = 0.25      # a loss before fine-tuning that it all but makes up for
+
+
 def best_compromises(history, count, limits=(math.inf, math.inf), gain_db=math.inf):
     """(the front, at most `count` of it within the limits, best first and apart), as positions in history.
 
     limits: of loss in dB and of penalty. Best is what lies furthest below the chord of the `useful` front or,
-    where only one objective is limited, what is best in the other; then those faster than it, since
-    fine-tuning wins back most of what swaps lose, but no time. The base is one only if it is alone.
+    where only one objective is limited, what is best in the other. Second is the fastest that loses at most
+    WON_BACK_DB, in case the knee lies far out, as in wide spaces. The base is one only if it is alone.
     """
     Y, limited = np.array([e[1:] for e in history]), np.isfinite(limits)
     whole = search.front_of(Y)
@@ -1414,7 +1421,9 @@ def best_compromises(history, count, limits=(math.inf, math.inf), gain_db=math.i
         order = sorted(order, key=lambda i: Y[front[i], limited.argmin()])
     order = [i for i in order if any(history[front[i]].options)] or order
     order = [i for i in order if (Y[front[i]] <= limits).all()]
-    order = sorted(order, key=lambda i: Y[front[i], 1] > Y[front[order[0]], 1])
+    mild = [i for i in order if Y[front[i], 0] <= WON_BACK_DB]
+    second = min(mild, key=lambda i: Y[front[i], 1], default=None)
+    order = sorted(order, key=lambda i: (i != order[0], i != second))
     return whole, [front[i] for i in search.apart(Y[front], order, count)]
 
 
@@ -1506,13 +1515,10 @@ def stage_search(job, base, saliency, profile, distill):
             "taken_back": [swap_effects(history[i], scored, sites, profile) for i in knee]}
 
 
-def picked(candidates, pick, base_db):
-    """Position of the best (PSNR on validation), the fastest, or the near-best of the candidates.
-
-    Near-best: the fastest within 0.1 dB of the best of them or of the base net, whichever is worse.
-    """
+def picked(candidates, pick):
+    """Position of the best (PSNR on validation), the fastest or the near-best of the candidates: see PICKS."""
     best = max(row["val_after_db"] for row in candidates)
-    least = {"best": best, "near-best": min(best, base_db) - 0.1, "fastest": -math.inf}[pick]
+    least = {"best": best, "near-best": best - 0.05, "fastest": -math.inf}[pick]
     return min((n for n, row in enumerate(candidates) if row["val_after_db"] >= least),
                key=lambda n: candidates[n]["latency_ms"])
 
@@ -1536,7 +1542,7 @@ def stage_finetune(job, base, distill, search):
         if math.isnan(after):
             raise InputError(f"finetune: candidate {n} diverged: lower --finetune-lr {config.finetune_lr}")
         rows.append({**row, "val_before_db": search["base_val_db"] - row["loss_db"], "val_after_db": after})
-    best = picked(rows, config.pick, base["val"]["psnr_db"])
+    best = picked(rows, config.pick)
     return {"params": state_of(tuned[best]), "arch": base["arch"], "picked": best, "candidates": rows,
             "choice": choice_of(sites, rows[best]["options"])}
 
@@ -2116,10 +2122,6 @@ def wish_list(found):
                       *(f"- {wish}: {words(row)}" for wish, row in wishes.items())])
 
 
-PICKS = {"best": "the best", "fastest": "the fastest",
-         "near-best": "the fastest within 0.1 dB of the best of them or of the base, whichever is worse"}
-
-
 def front_section(found, diverged, pick):
     """How the front came about, and why these candidates."""
     rows, proposed, ref = found["evaluations"], found["proposed"], found["ref"]
@@ -2128,10 +2130,10 @@ def front_section(found, diverged, pick):
     why = "The base is alone on the front, so it is the one candidate: nothing that was scored gains speed."
     if any(rows[found["knee"][0]]["options"]):
         distances = ", ".join(f"{distance:.2f}" for distance in found["below_chord"])
-        why = (f"The candidates are, of the front without the base, {wish_words(found['config'])}. After the "
-               "first, those that are faster come before the others: fine-tuning wins back most of what "
-               "swaps lose, and no time. Where there are enough, they are a tenth of the front's span in "
-               "latency apart, as near-copies teach little. Their distances below the chord, both axes "
+        why = (f"The candidates are, of the front without the base, {wish_words(found['config'])}; "
+               f"after the first the fastest that loses at most {WON_BACK_DB} dB, as fine-tuning all but "
+               "wins that back. Where there are enough, they are a tenth of the front's span in latency apart, as "
+               "near-copies teach little. Their distances below the chord, both axes "
                f"scaled to 1: {distances}. Picked after fine-tuning: {PICKS[pick]}.")
     return ["## The front",
             f"{len(rows)} of {found['space']:,} configurations were scored: {proposed} that the search "
@@ -2512,8 +2514,10 @@ def measured_card(out, tuned, frame):
 
 
 def config_of(values):
-    """Config of {name: value}, whose lists, as of JSON and argparse, become tuples."""
-    return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    """Config of {name: value}: lists, as of JSON and argparse, become tuples; names of other versions go."""
+    known = {field.name for field in dataclasses.fields(Config)}
+    return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()
+                     if name in known})
 
 
 def run_export(out, frame=None):
@@ -2847,21 +2851,9 @@ def configuration(args):
     return config
 
 
-def usable(device):
-    """Refuse a device that is not to be had."""
-    try:
-        if torch.device(device).type not in ("cpu", "cuda"):
-            raise RuntimeError("nets are timed and scored on cpu and cuda alone")
-        torch.ones(1, device=device).item()
-        if torch.device(device).index is not None and torch.device(device).type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError, NotImplementedError, AttributeError) as error:
-        raise InputError(f"--device {device} is not to be had here ({first_line(error)})") from None
-
-
 def obey(args, config, out, device):
     """Do what the command line asks for."""
-    agreed(lambda: usable(device))
+    agreed(lambda: profile_device.usable(device))
     if args.stage == "deblur":
         first(lambda: run_deblur(args.input, args.output, out, device))
     elif args.stage == "export":

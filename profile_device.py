@@ -97,6 +97,20 @@ def settled(times):
     return dict(zip(times, (ms / pace).quantile(0.25, 1).tolist()))
 
 
+def usable(device):
+    """OSError of one line where a torch device is not to be had; of several GPUs, it becomes the current."""
+    try:
+        kind = torch.device(device)
+        if kind.type not in ("cpu", "cuda"):
+            raise RuntimeError("nets are timed and scored on cpu and cuda alone")
+        torch.ones(1, device=kind).item()
+        if kind.type == "cuda" and kind.index is not None:
+            torch.cuda.set_device(kind)
+    except (RuntimeError, AssertionError, NotImplementedError, AttributeError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(f"--device {device} is not to be had here: {why}") from None
+
+
 def machine(device):
     """What a local table was measured on; of a CPU the architecture and, on Linux, the model."""
     on_gpu, info = torch.device(device).type == "cuda", Path("/proc/cpuinfo")
@@ -611,11 +625,9 @@ def main(argv=None):
     if args.width < 2 or args.width % 2 or args.frame < 16:
         parser.error("--width must be even and --frame at least 16")
     try:
-        torch.empty(0, device=args.device)
-        if torch.device(args.device).type not in ("cpu", "cuda"):
-            raise RuntimeError("cpu and cuda alone are timed")
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device} is not to be had here: {str(error).splitlines()[0]}")
+        usable(args.device)
+    except OSError as error:
+        parser.error(str(error))
     shapes = [(1, args.width * 2 ** i, args.frame // 2 ** i, args.frame // 2 ** i) for i in range(5)]
     sizes = ["x".join(map(str, shape[1:])) for shape in shapes]
     entries = {f"{name} {size}": (module.eval().to(args.device, memory_format=torch.channels_last), shape)
