@@ -1516,7 +1516,7 @@ def stage_search(job, base, saliency, profile, distill):
 
 
 def picked(candidates, pick):
-    """Position of the best (PSNR on validation), the fastest or the near-best of the candidates: see PICKS."""
+    """Position of the best (PSNR on validation), the fastest or the near-best candidate: see PICKS."""
     best = max(row["val_after_db"] for row in candidates)
     least = {"best": best, "near-best": best - 0.05, "fastest": -math.inf}[pick]
     return min((n for n, row in enumerate(candidates) if row["val_after_db"] >= least),
@@ -2131,9 +2131,9 @@ def front_section(found, diverged, pick):
     if any(rows[found["knee"][0]]["options"]):
         distances = ", ".join(f"{distance:.2f}" for distance in found["below_chord"])
         why = (f"The candidates are, of the front without the base, {wish_words(found['config'])}; "
-               f"after the first the fastest that loses at most {WON_BACK_DB} dB, as fine-tuning all but "
-               "wins that back. Where there are enough, they are a tenth of the front's span in latency apart, as "
-               "near-copies teach little. Their distances below the chord, both axes "
+               f"second comes the fastest that loses at most {WON_BACK_DB} dB, which fine-tuning all but "
+               "wins back. Where there are enough, they are a tenth of the front's span in latency "
+               "apart, as near-copies teach little. Their distances below the chord, both axes "
                f"scaled to 1: {distances}. Picked after fine-tuning: {PICKS[pick]}.")
     return ["## The front",
             f"{len(rows)} of {found['space']:,} configurations were scored: {proposed} that the search "
