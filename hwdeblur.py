@@ -1403,6 +1403,11 @@ def useful(front, losses, gain_db, limits=(math.inf, math.inf)):
     return [i for i in front if losses[i] < gain_db or gain_db <= 0 or any(map(math.isfinite, limits))]
 
 
+def without_base(history, positions):
+    """Positions in history, without that of the base net unless it is alone."""
+    return [i for i in positions if any(history[i].options)] or positions
+
+
 WON_BACK_DB = 0.25      # a loss before fine-tuning that it all but makes up for
 
 
@@ -1416,15 +1421,15 @@ def best_compromises(history, count, limits=(math.inf, math.inf), gain_db=math.i
     Y, limited = np.array([e[1:] for e in history]), np.isfinite(limits)
     whole = search.front_of(Y)
     front = useful(whole, Y[:, 0], gain_db, limits)
-    order = search.knee(Y[front], len(front))
+    order = [front[i] for i in search.knee(Y[front], len(front))]
     if limited.sum() == 1:
-        order = sorted(order, key=lambda i: Y[front[i], limited.argmin()])
-    order = [i for i in order if any(history[front[i]].options)] or order
-    order = [i for i in order if (Y[front[i]] <= limits).all()]
-    mild = [i for i in order if Y[front[i], 0] <= WON_BACK_DB]
-    second = min(mild, key=lambda i: Y[front[i], 1], default=None)
+        order.sort(key=lambda i: Y[i, limited.argmin()])
+    order = [i for i in without_base(history, order) if (Y[i] <= limits).all()]
+    mild = [i for i in order if Y[i, 0] <= WON_BACK_DB]
+    second = min(mild, key=lambda i: Y[i, 1], default=None)
     order = sorted(order, key=lambda i: (i != order[0], i != second))
-    return whole, [front[i] for i in search.apart(Y[front], order, count)]
+    taken = search.apart(Y[front], [front.index(i) for i in order], count)
+    return whole, [front[i] for i in taken]
 
 
 def wished(config, profile):
@@ -1502,8 +1507,7 @@ def stage_search(job, base, saliency, profile, distill):
     history, front, knee = with_swaps_back(history, candidates, score_all, penalty)
     ms = [profile_device.network_ms(profile, choice_of(sites, e.options)) for e in history]
     if not knee:
-        refuse_wish(config, [(history[i].loss_db, ms[i]) for i in front
-                             if any(history[i].options) or len(front) == 1])
+        refuse_wish(config, [(history[i].loss_db, ms[i]) for i in without_base(history, front)])
     Y, ref = np.array([e[1:] for e in history]), search.default_ref(history, penalty)
     part = useful(front, Y[:, 0], gain_db, limits)
     below = dict(zip(part, search.below_chord(Y[part]).tolist()))
