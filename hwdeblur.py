@@ -188,7 +188,7 @@ class Config:
     max_ms: float = knob(0.0, "search", "most predicted latency of a candidate, 0: any", 0, 1e9, "ms")
     max_loss_db: float = knob(0.0, "search", "most loss before fine-tuning, 0: any", 0, 1e3, "dB")
     from_: str = knob("", "finetune adapt", "a finetuned.pt to adapt to --data, without a search (III-C)")
-    finetune_steps: int = knob(600, "finetune adapt", "length, for each candidate", 0, 10 ** 7, "steps")
+    finetune_steps: int = knob(1000, "finetune adapt", "length, for each candidate", 0, 10 ** 7, "steps")
     finetune_lr: float = knob(1e-3, "finetune adapt", "first learning rate, along a cosine", 1e-12, 1e30)
     pick: str = knob("near-best", "finetune", "which candidate: best (PSNR, II-C), fastest (III-A), or "
                      "near-best, the fastest within 0.05 dB of the best", choices=tuple(PICKS))
@@ -1009,9 +1009,9 @@ def recoloured(images, draw):
     As under another light: to scale a channel of gamma 2.2 is to scale its linear light, so blur stays true.
     draw: of order, factors and which half, in [0, 1)^7.
     """
-    factors = np.where(draw[6] < 0.5, 1, 0.4 + 0.6 * draw[3:6])
+    order, factors = np.argsort(draw[:3]), np.where(draw[6] < 0.5, 1, 0.4 + 0.6 * draw[3:6])
     factors = torch.from_numpy(factors).float().reshape(3, 1, 1)
-    return [(image[np.argsort(draw[:3])] * factors + 0.5).to(torch.uint8) for image in images]
+    return [(image[order] * factors + 0.5).to(torch.uint8) for image in images]
 
 
 def random_crops(pairs, seed, crop, batch, share, read, step):
@@ -1531,8 +1531,9 @@ def stage_finetune(job, base, distill, search):
     """Section II-C: candidates of the knee region, trained on all pairs; one is picked.
 
     With crops of 96, eight ReluBN blocks (1.3x) end .17 dB below the base after 200 steps from 5e-4, .05
-    after 400, .03 from 1e-3. Averaged weights gain .05, 1,000 steps .19 over 600 where nets are 2.5x as
-    fast. No gain from twice the batch, betas of .9 .99, twice the rate, new batch norm statistics.
+    after 400, .03 from 1e-3. Averaged weights gain .05, 1,000 steps .1 to .2 over 600 (a base of as many
+    steps gains that as well). No gain from twice the batch, betas of .9 .99, twice the rate, new batch norm
+    statistics, the base's output as half of the target or all of it.
     """
     config, sites, tuned, rows = job.config, search["sites"], [], []
     assembled = assembler(job, base_net(base, job.device), distill)
