@@ -56,7 +56,7 @@ try:
     import torch.distributed as dist
     import torch.nn.functional as F
     from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
-    from scipy.ndimage import correlate1d, gaussian_filter
+    from scipy.ndimage import gaussian_filter
     from scipy.stats import bootstrap, kendalltau
     from torch.nn.parallel import DistributedDataParallel
     from torch.utils.data import DataLoader
@@ -98,8 +98,9 @@ def one_line(error):
     return f"{error.filename}: {error.strerror or error}"
 
 
-def say(line):
-    print(line, file=sys.stderr, flush=True)
+def say(*lines):
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
 
 
 def progress(label, total, begun=0):
@@ -136,8 +137,9 @@ def knob(default, stages, help, least=None, most=10 ** 9, unit="", choices=None)
 
 
 # What --pick takes, in words.
-PICKS = {"near-best": "the fastest within 0.05 dB of the best of them",
-         "best": "the best", "fastest": "the fastest"}
+NEAR_DB = 0.05
+PICKS = {"near-best": f"the fastest within {NEAR_DB} dB of the best", "best": "the best",
+         "fastest": "the fastest"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +184,7 @@ class Config:
                       "every block may be, or be left out", choices=("paper", "all"))
     keep: int = knob(0, "saliency", "how many of the most salient stages stay with --space all", 0, 99)
     evaluations: int = knob(100, "search", "configurations that the search proposes (II-C)", 1)
-    candidates: int = knob(2, "search", "architectures of the knee region that are fine-tuned (II-C)", 1)
+    candidates: int = knob(2, "search", "nets of the front that are fine-tuned, its knee first (II-C)", 1)
     refit: int = knob(64, "search", "training crops that a net's last convolution is fitted to, in closed "
                       "form, before it is scored or tuned; 0: plug and play alone", 0, 10 ** 4)
     max_ms: float = knob(0.0, "search", "most predicted latency of a candidate, 0: any", 0, 1e9, "ms")
@@ -191,7 +193,7 @@ class Config:
     finetune_steps: int = knob(1000, "finetune adapt", "length, for each candidate", 0, 10 ** 7, "steps")
     finetune_lr: float = knob(1e-3, "finetune adapt", "first learning rate, along a cosine", 1e-12, 1e30)
     pick: str = knob("near-best", "finetune", "which candidate: best (PSNR, II-C), fastest (III-A), or "
-                     "near-best, the fastest within 0.05 dB of the best", choices=tuple(PICKS))
+                     f"near-best, {PICKS['near-best']}", choices=tuple(PICKS))
     test: tuple = knob((), "evaluate adapt control", "a further test set, folder or list; repeatable")
     controls: int = knob(3, "control", "how many of them are random configurations", 0, 999)
     control_scratch: bool = knob(False, "control", "train some from scratch even if --weights gave the base")
@@ -752,25 +754,19 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 FOLDERS = (("blur", "sharp"), ("blur", "gt"), ("input", "target"), ("inputC", "target"), ("source", "target"))
 
 
-@contextlib.contextmanager
-def up_to(pixels):
-    """Pillow refuses images of more than this; by itself it takes one of 200 megapixels for an attack."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels // 2        # it refuses twice the limit
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-
-
 def photo(path, use):
     """use(PIL image of the file at `path`); InputError naming the file where it cannot be read."""
+    limit = Image.MAX_IMAGE_PIXELS
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError("not a regular file")        # a pipe, say, would be waited for
-        with warnings.catch_warnings(action="ignore"), up_to(2 ** 29), Image.open(path) as image:
+        Image.MAX_IMAGE_PIXELS = 2 ** 28          # Pillow refuses twice as many, else 200 megapixels
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             return use(image)
     except Exception as error:                    # Pillow raises many kinds on damaged files
         raise InputError(f"cannot read image {path} ({first_line(error)}): replace or remove it") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def eight_bits(image):
@@ -1060,13 +1056,7 @@ def ssim(x, y):
     """
     if min(x.shape[-2:]) < 11:
         raise ValueError(f"ssim: an image of {size_of(x)} is smaller than the 11x11 window")
-    kernel = np.exp(-(np.arange(11) - 5) ** 2 / (2 * 1.5 ** 2))
-
-    def smooth(z):                                                     # (..., H, W) -> (..., H-10, W-10)
-        for axis in (-1, -2):
-            z = correlate1d(z, kernel / kernel.sum(), axis, mode="constant")
-        return z[..., 5:-5, 5:-5]
-
+    smooth = lambda z: gaussian_filter(z, 1.5, radius=5, axes=(-1, -2))[..., 5:-5, 5:-5]   # to H-10, W-10
     x, y = (image.double().cpu().numpy() for image in (x, y))
     mx, my = smooth(x), smooth(y)
     vx, vy, cov = smooth(x * x) - mx * mx, smooth(y * y) - my * my, smooth(x * y) - mx * my
@@ -1173,12 +1163,6 @@ def base_net(base, device="cpu"):
     return net.to(device)
 
 
-def trained_surrogates(net, distill, seed):
-    """{site: {option: module}} of artefact `distill`."""
-    return {site: {k: filled(blocks.new_surrogate(net, site, k, seed), params, "surrogates.pt")
-                   for k, params in row.items()} for site, row in distill["params"].items()}
-
-
 def option_names(no_block):
     """The names of all options, in order; no_block: whether no block at all is one of them."""
     return [block.__name__ for block in blocks.BLOCKS + (blocks.NoBlock,) * bool(no_block)]
@@ -1197,8 +1181,7 @@ def chosen_net(finetune, device="cpu"):
                              "use the program that made it, or make it anew")
     net = new_net(**finetune["arch"], seed=0)
     surrogates = {site: {k: blocks.new_surrogate(net, site, k, 0)} for site, k in choice.items() if k}
-    net = copy.deepcopy(blocks.assemble(net, surrogates, choice))
-    return filled(net, finetune["params"], "finetuned.pt").to(device)
+    return filled(blocks.assemble(net, surrogates, choice), finetune["params"], "finetuned.pt").to(device)
 
 
 # --------------------------------------------------------------------------------------- the stages
@@ -1312,8 +1295,7 @@ def stage_profile(job, base, saliency):
         table = measure(net, surrogates, sites, config.frame, config.target, blocks.deploy, job.device)
     except ValueError as error:
         raise InputError(str(error)) from None
-    for line in profile_device.remarks(table):
-        say(line)
+    say(*profile_device.remarks(table))
     return table
 
 
@@ -1322,16 +1304,15 @@ def stage_distill(job, base, saliency):
     config, sites, pairs = job.config, saliency["sites"], job.pairs("train")
     blurred = [(blur, blur) for _, blur in pairs[:max(1, round(config.distill_share * len(pairs)))]]
     own = crops(blurred, config.seed + 2, config.crop, config.batch, config.workers, (rank(), world()))
-    students = [(site, k) for k in range(1, len(blocks.BLOCKS)) for site in sites]   # dealt so, work is equal
+    students = [(site, k) for k in range(1, len(blocks.BLOCKS)) for site in sites]   # ranks get like work
     state = resumed(job, "surrogates.part")
     surrogates, losses = blocks.distill(
         base_net(base, job.device), sites,
         lambda step: as_batch(whole_batch(agreed(lambda: own(step))[0], config.batch), job.device),
         config.distill_steps, config.distill_lr, config.seed, students[rank()::world()] or students[:1],
         config.amp, state, keeper(job, "surrogates.part", "distill", config.distill_steps, state, joint=True))
-    mine = {(site, k): (state_of(student), losses[site][k])
-            for site, row in surrogates.items() for k, student in row.items()}
-    everything = merged(gather(mine))
+    everything = merged(gather({(site, k): (state_of(student), losses[site][k])
+                                for site, row in surrogates.items() for k, student in row.items()}))
     params, last, diverged = {site: {} for site in sites}, {site: {} for site in sites}, []
     for site, k in students:
         student, curve = everything[site, k]
@@ -1349,7 +1330,9 @@ def assembler(job, net, distill):
 
     Plug and play (II-C), and where there is a swap, the last convolution fitted to --refit training crops.
     """
-    config, surrogates, batches = job.config, trained_surrogates(net, distill, job.config.seed), []
+    config, batches = job.config, []
+    surrogates = {site: {k: filled(blocks.new_surrogate(net, site, k, config.seed), params, "surrogates.pt")
+                         for k, params in row.items()} for site, row in distill["params"].items()}
     if config.refit:
         own = crops(job.pairs("train"), config.seed + 3, config.crop, config.refit)
         batches = blocks.few_at_once(*(as_batch(images, job.device) for images in agreed(lambda: own(0))))
@@ -1377,7 +1360,7 @@ def taken_back(options):
 
 
 def swap_effects(evaluation, scored, sites, profile):
-    """What each swap of a configuration costs in dB and saves in ms, measured by taking it back alone."""
+    """What each swap of a configuration costs in dB and saves in ms (predicted): of it taken back alone."""
     back = taken_back(evaluation.options)
     ms = lambda options: profile_device.network_ms(profile, choice_of(sites, options))
     return {"cost_db": {sites[i]: evaluation.loss_db - scored[options] for i, options in back.items()},
@@ -1385,7 +1368,7 @@ def swap_effects(evaluation, scored, sites, profile):
 
 
 def score_new(score, scored, keep, proposals):
-    """[dB lost by each proposal]; what is not in `scored` is added, scored by one rank each, and kept."""
+    """[dB lost by each proposal]; what is not in `scored` is added, each scored by one rank, and kept."""
     new = [options for options in proposals if options not in scored]
     for i in range(0, len(new), world()):
         chunk = new[i:i + world()]
@@ -1396,7 +1379,7 @@ def score_new(score, scored, keep, proposals):
 
 
 def useful(front, losses, gain_db, limits=(math.inf, math.inf)):
-    """The positions of `front` that lose less dB than the base net gains over the input, which takes no time.
+    """The positions in `front` of what loses less dB than the base gains over the input, which takes no time.
 
     All, where the base gains nothing, or where limits (see `wished`) say what is wanted.
     """
@@ -1404,19 +1387,21 @@ def useful(front, losses, gain_db, limits=(math.inf, math.inf)):
 
 
 def without_base(history, positions):
-    """Positions in history, without that of the base net unless it is alone."""
+    """`positions` in history without the base net's, unless that is the only one."""
     return [i for i in positions if any(history[i].options)] or positions
 
 
-WON_BACK_DB = 0.25      # a loss before fine-tuning that it all but makes up for
+WON_BACK_DB = 0.25      # lost before fine-tuning, which usually wins that back, or nearly
 
 
 def best_compromises(history, count, limits=(math.inf, math.inf), gain_db=math.inf):
-    """(the front, at most `count` of it within the limits, best first and apart), as positions in history.
+    """(the front, at most `count` candidates from it, in order), as positions in history.
 
-    limits: of loss in dB and of penalty. Best is what lies furthest below the chord of the `useful` front or,
-    where only one objective is limited, what is best in the other. Second is the fastest that loses at most
-    WON_BACK_DB, in case the knee lies far out, as in wide spaces. The base is one only if it is alone.
+    limits: the most loss in dB and the most penalty of a candidate. First is what lies furthest below the
+    chord of the `useful` front or, where only one objective is limited, what is best in the other. Second is
+    the fastest that loses at most WON_BACK_DB, as the first may lie far out in wide spaces; then the others,
+    by the first rule. What is too near an earlier one, be it the second, comes last (`search.apart`). The
+    base is a candidate only where it is alone on the `useful` front.
     """
     Y, limited = np.array([e[1:] for e in history]), np.isfinite(limits)
     whole = search.front_of(Y)
@@ -1450,9 +1435,10 @@ def refuse_wish(config, rows):
 
 
 def with_swaps_back(history, candidates, score_all, penalty):
-    """The history and, scored too, what takes one swap of a candidate back -> (all, front, candidates).
+    """The history, with each candidate's swaps taken back one by one and scored -> (all, front, candidates).
 
-    candidates(history): positions of both in it. What is scored so may become a candidate itself, and so on.
+    candidates(history) -> (front, candidates), as positions in it. What is scored so may become a candidate
+    itself, and so on.
     """
     while True:
         front, knee = candidates(history)
@@ -1489,8 +1475,7 @@ def searched(job, score, penalty):
     with warnings.catch_warnings(record=True) as ended:
         history = search.search(score, penalty, config.evaluations, np.random.default_rng(config.seed),
                                 history=history, batch=world(), map=lambda _, new: score_all(new), each=each)
-    for warning in ended:
-        say(str(warning.message))
+    say(*(str(warning.message) for warning in ended))
     return history, scored, score_all
 
 
@@ -1502,7 +1487,7 @@ def stage_search(job, base, saliency, profile, distill):
     base_db, score = scorer(assembler(job, net, distill), sites, val, job.device)
     history, scored, score_all = searched(job, score, penalty)
     proposed, limits = len(history), wished(config, profile)
-    gain_db = base_db - means(image_scores(None, val, job.device, with_ssim=False))["psnr_db"]
+    gain_db = base_db - evaluate(None, val, job.device, with_ssim=False)["psnr_db"]
     candidates = functools.partial(best_compromises, count=config.candidates, limits=limits, gain_db=gain_db)
     history, front, knee = with_swaps_back(history, candidates, score_all, penalty)
     ms = [profile_device.network_ms(profile, choice_of(sites, e.options)) for e in history]
@@ -1522,17 +1507,17 @@ def stage_search(job, base, saliency, profile, distill):
 def picked(candidates, pick):
     """Position of the best (PSNR on validation), the fastest or the near-best candidate: see PICKS."""
     best = max(row["val_after_db"] for row in candidates)
-    least = {"best": best, "near-best": best - 0.05, "fastest": -math.inf}[pick]
+    least = {"best": best, "near-best": best - NEAR_DB, "fastest": -math.inf}[pick]
     return min((n for n, row in enumerate(candidates) if row["val_after_db"] >= least),
                key=lambda n: candidates[n]["latency_ms"])
 
 
 def stage_finetune(job, base, distill, search):
-    """Section II-C: candidates of the knee region, trained on all pairs; one is picked.
+    """Section II-C: candidates from the front, the knee first, trained on all pairs; one is picked.
 
-    With crops of 96, eight ReluBN blocks (1.3x) end .17 dB below the base after 200 steps from 5e-4, .05
-    after 400, .03 from 1e-3. Averaged weights gain .05, 1,000 steps .1 to .2 over 600 (a base of as many
-    steps gains that as well). No gain from twice the batch, betas of .9 .99, twice the rate, new batch norm
+    With crops of 96, eight ReluBN blocks (1.3x) end .17 dB below the base after 200 steps at a first rate of
+    5e-4, .05 after 400, .03 at 1e-3. Averaged weights gain .05, 1,000 steps end .1 to .2 above 600 (so they
+    do for the base). No gain from twice the batch, betas of .9 .99, twice the rate, new batch norm
     statistics, the base's output as half of the target or all of it.
     """
     config, sites, tuned, rows = job.config, search["sites"], [], []
@@ -1580,7 +1565,7 @@ def random_nets(sites, base, count, rng):
 def time_nets(entries, device="cpu", rounds=30):
     """Whole nets {name: (deployed net, shape)} -> ({name: ms}, Kendall's tau of two halves of the rounds).
 
-    Each half has a process of its own. Their tau, without the net "base", bounds what the sums can reach.
+    Each half has a process of its own. Their tau, without the net "base", tells how well timing repeats.
     """
     halves = [profile_device.alone(profile_device.time_together, entries, device, rounds // 2, warmup=1,
                                    calls=1) for _ in range(2)]
@@ -1630,8 +1615,7 @@ def time_whole(job, table, nets):
                       if name in ("base", "chosen") else profile_device.Data(images))
                for name, net in nets.items()}
     found = profile_device.profile_hub(entries, **hub(job))
-    for line in profile_device.remarks({"modules": found}):
-        say(line)
+    say(*profile_device.remarks({"modules": found}))
     return {name: result["ms"] for name, result in found.items()}, where, {"repeat_tau": None, "hub": found}
 
 
@@ -1661,8 +1645,7 @@ def deployed_net(job, name, net):
     if job.config.target != "qai-hub":
         return blocks.deploy(net), []
     deployed, lines = within_float16(net, job.pairs("val"), job.device)
-    for line in lines:
-        say(f"{name}: {line}")
+    say(*(f"{name}: {line}" for line in lines))
     return deployed, lines
 
 
@@ -1702,8 +1685,7 @@ def stage_evaluate(job, base, profile, finetune):
     own = scores.pop("test")
     rows = {name: {**own[name], **sizes(net, config.frame), "latency_ms": measured[name],
                    "predicted_ms": sums["drift"] * profile_device.network_ms(profile, choices[name]),
-                   "float16": deployed[name][1]}
-            for name, net in nets.items()}
+                   "float16": deployed[name][1]} for name, net in nets.items()}
     return {"test_pairs": own["pairs"], "blurred": own["blurred"], **rows, "tests": scores, "sums": sums,
             "protocol": protocol(window), "window": window, "global_ms": measured.get("global attention")}
 
@@ -1891,10 +1873,9 @@ def score_tau(sites, candidates, rows):
 def stage_control(job, base, saliency, profile, distill, search, finetune):
     """Is the search worth it? Other nets of the chosen net's latency, trained alike."""
     plan = resumed(job, "control.plan.part", "planned")
-    if not plan:
-        plan = control_plan(job, base, saliency, profile, distill, search, finetune)
-        plan = first(lambda: plan)                # rank 0's: machines may round differently
-        first(lambda: saved(job.out / "control.plan.part", plan, job.head))
+    if not plan:                                  # rank 0's counts: machines may round differently
+        own = control_plan(job, base, saliency, profile, distill, search, finetune)
+        plan = first(lambda: saved(job.out / "control.plan.part", own, job.head) or own)
     inputs = {**job.head["inputs"], "plan of controls": digest(plan["controls"])}
     own_job = job._replace(head={**job.head, "inputs": inputs})
     made = control_nets(own_job, plan["controls"], base, distill, finetune)
@@ -2079,9 +2060,9 @@ def device_section(evaluate):
     rows = [[name, p["pairs"], *(f"{p[key]:.2f}" for key in ("device_db", "here_db", "agreement_db"))]
             for name, p in pictures.items()]
     lines = [f"- {name}: the device's pictures have {p['agreement_db']:.1f} dB against ours, which is less "
-             "than 40: it computes another net." for name, p in pictures.items()
+             "than 40: what runs there is not quite the net here." for name, p in pictures.items()
              if not p["agreement_db"] >= 40]      # NaN where it overflows
-    lines += [f"- {name}: the device gave no pictures back." for name, result in ran.items()
+    lines += [f"- {name}: the device returned no pictures." for name, result in ran.items()
               if name not in pictures and result["ms"] is not None]
     lines += [f"- {name}: {line}." for name in ("base", "chosen") for line in evaluate[name]["float16"]]
     heads = ["validation pictures", "count", "PSNR there, dB", "PSNR here, dB", "there against here, dB"]
@@ -2092,8 +2073,8 @@ def device_section(evaluate):
 def latency_section(table):
     """Table 2: milliseconds of every option at every site, then the published row."""
     names, sites = table["options"], table["sites"]
-    fastest = [min((k for k, ms in enumerate(row) if ms is not None), key=row.__getitem__)
-               for row in sites.values()]
+    fastest = [min((k for k, ms in enumerate(row[:len(blocks.BLOCKS)]) if ms is not None),
+                   key=row.__getitem__) for row in sites.values()]
     best = statistics.mode(fastest)
     rows = [[site, *(formatted(ms, ".2f", "unavailable") for ms in row)] for site, row in sites.items()]
     rows.append(["published, every site", *map("{:.0f}".format, profile_device.PAPER_BLOCK_MS[:len(names)])])
@@ -2104,11 +2085,11 @@ def latency_section(table):
 
 
 def wish_words(config):
-    """How the candidates were ranked."""
+    """How the first candidate was chosen, and those after the second."""
     within = {name: f"{flag(name)} {config[name]:g}" for name in ("max_loss_db", "max_ms") if config[name]}
-    how = {(): "those furthest below the chord between its ends, as far as it gains on the blurred input",
-           ("max_loss_db",): "the fastest", ("max_ms",): "those that lose least",
-           ("max_loss_db", "max_ms"): "those furthest below the chord between its ends"}
+    how = {(): "what lies furthest below the chord of the part that gains on the blurred input",
+           ("max_loss_db",): "the fastest", ("max_ms",): "what loses least",
+           ("max_loss_db", "max_ms"): "what lies furthest below the chord between its ends"}
     return how[tuple(within)] + f" within {' and '.join(within.values())}" * bool(within)
 
 
@@ -2122,8 +2103,8 @@ def wish_list(found):
         within = [row for row in rows if row["loss_db"] <= limit and any(row["options"])]
         wishes[f"`--max-loss-db {limit}`"] = min(within, key=lambda row: row["latency_ms"], default=None)
     words = lambda row: "{latency_ms:.3g} ms, {loss_db:.2f} dB lost".format(**row) if row else "nothing"
-    return "\n".join(["Other wishes would have given, as predicted before fine-tuning, where the base takes "
-                      f"{every[0]['latency_ms']:.3g} ms:\n",
+    return "\n".join(["Other wishes, and what their first candidate would be, before fine-tuning; the base "
+                      f"takes {every[0]['latency_ms']:.3g} ms:\n",
                       *(f"- {wish}: {words(row)}" for wish, row in wishes.items())])
 
 
@@ -2132,20 +2113,22 @@ def front_section(found, diverged, pick):
     rows, proposed, ref = found["evaluations"], found["proposed"], found["ref"]
     refit = found["config"]["refit"]
     left_out = ", ".join(f"{k} at {site}" for site, k in diverged)
-    why = "The base is alone on the front, so it is the one candidate: nothing that was scored gains speed."
+    why = "Nothing faster that was scored keeps any of the base net's gain, so the base is the one candidate."
     if any(rows[found["knee"][0]]["options"]):
         distances = ", ".join(f"{distance:.2f}" for distance in found["below_chord"])
-        why = (f"The candidates are, of the front without the base, {wish_words(found['config'])}; "
-               f"second comes the fastest that loses at most {WON_BACK_DB} dB, which fine-tuning all but "
-               "wins back. Where there are enough, they are a tenth of the front's span in latency "
-               "apart, as near-copies teach little. Their distances below the chord, both axes "
+        why = (f"Candidates from the front, without the base: first {wish_words(found['config'])}; then, if "
+               f"it lies apart, the fastest that loses at most {WON_BACK_DB} dB, which fine-tuning usually "
+               "wins back, or nearly; then the others, by the first rule. Where there are enough, they are "
+               "at least a tenth of the span in latency apart, as near-copies teach little. Their distances "
+               "below the chord, both axes "
                f"scaled to 1: {distances}. Picked after fine-tuning: {PICKS[pick]}.")
     return ["## The front",
-            f"{len(rows)} of {found['space']:,} configurations were scored: {proposed} that the search "
-            f"proposed, and {len(rows) - proposed} that take one swap of a candidate back"
-            f"{f', with the last convolution fitted to {refit} training crops first' * bool(refit)}; "
-            f"{len(found['front'])} are on the front. Hypervolume {found['hypervolume']:.3f}; its reference "
-            f"point: {ref[0]:.2f} dB, and {ref[1]:.2f} times the latency of the base net's blocks.",
+            f"{len(rows)} of {found['space']:,} configurations were scored"
+            f"{f', their last convolution fitted to {refit} training crops first' * bool(refit)}: "
+            f"{proposed} that the search proposed, and {len(rows) - proposed} that take one swap of a "
+            f"candidate back; {len(found['front'])} are on the front. Hypervolume "
+            f"{found['hypervolume']:.3f}; its reference point: {ref[0]:.2f} dB, and {ref[1]:.2f} times the "
+            "latency of the base net's sites.",
             *[f"Left out of the search, as their surrogates diverged: option {left_out}."] * bool(diverged),
             "![front](pareto.svg)", wish_list(found), why]
 
@@ -2327,7 +2310,7 @@ def front_picture(found, finetune, drift):
     design, Mark = min(len(rows), search.INITIAL + 2), search.Mark
     return search.front_svg(
         [at(row) for row in rows], sorted({design, (design + len(rows)) // 2, len(rows)}),
-        [Mark("ring", 13, search.INK, "knee candidates", [at(row) for row in finetune["candidates"]]),
+        [Mark("ring", 13, search.INK, "candidates", [at(row) for row in finetune["candidates"]]),
          Mark("square", 6, search.INK, "base net", [at(rows[0])], told("base", *at(rows[0]))),
          Mark("diamond", 9, search.ORANGE, "chosen, before fine-tuning", [at(picked)],
               f"{told('chosen', *at(picked))}\nfine-tuned: {after_db:.2f} dB"),
@@ -2519,7 +2502,7 @@ def measured_card(out, tuned, frame):
 
 
 def config_of(values):
-    """Config of {name: value}: lists, as of JSON and argparse, become tuples; names of other versions go."""
+    """Config of {name: value}: lists, as of JSON and argparse, become tuples; names that it lacks go."""
     known = {field.name for field in dataclasses.fields(Config)}
     return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()
                      if name in known})
@@ -2534,8 +2517,7 @@ def run_export(out, frame=None):
         net, lines = within_float16(chosen_net(tuned), split_pairs(config, "val"), "cpu")
     except InputError as error:                   # the pairs may be on another machine
         net, lines = blocks.deploy(chosen_net(tuned)), [f"not checked for float16, as {error}"]
-    for line in lines:
-        say(f"export: {line}")
+    say(*(f"export: {line}" for line in lines))
     program, stream = profile_device.exported(net, (1, 3, height, width)), io.BytesIO()
     torch.export.save(program, stream)
     card = {"input": program.graph_signature.user_inputs[0], "shape": [1, 3, height, width], "layout": "NCHW",
@@ -2848,14 +2830,6 @@ def parser():
     return p
 
 
-def configuration(args):
-    """Parsed flags -> Config: the preset, then what was given."""
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
-    config = config_of({**PRESETS[args.preset], **given})
-    check(config)
-    return config
-
-
 def obey(args, config, out, device):
     """Do what the command line asks for."""
     agreed(lambda: profile_device.usable(device))
@@ -2885,7 +2859,8 @@ def main(argv=None):
         for name, value in vars(args).items():
             if value == "":
                 raise InputError(f"{flag(name)} is empty: leave it out, or give what it names")
-        config = configuration(args)
+        config = config_of({**PRESETS[args.preset], **vars(args)})     # the preset, then what was given
+        check(config)
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         with joined(args.device) as device:

@@ -2227,7 +2227,7 @@ class Report(unittest.TestCase):
         rows = [{"options": [0], "loss_db": 0.0, "penalty": 1.0, "latency_ms": 5.0}, {"options": [1]}]
         found = {"evaluations": rows, "front": [0], "knee": [0],
                  "ref": [1.0, 1.1], "proposed": 1, "space": 2, "hypervolume": 0.1, "below_chord": [0.0]}
-        for refit, told in ((0, ""), (9, ", with the last convolution fitted to 9 training crops first")):
+        for refit, told in ((0, ""), (9, ", their last convolution fitted to 9 training crops first")):
             parts = hwdeblur.front_section({**found, "config": {"refit": refit}}, [], "best")
             self.assertRegex(parts[-1], "base is alone")
             self.assertRegex(parts[1], "2 of 2 configurations were scored: 1 that .* proposed, and 1 that "
@@ -2336,7 +2336,7 @@ class Report(unittest.TestCase):
         result = {**profile_device.NOTHING, "layers": [], "version": "", "url": ""}
         sums = {"hub": {"base": {**result, "ms": 2.0}, "chosen": {**result, "ms": None}}}
         found = {"base": {"float16": []}, "chosen": {"float16": []}, "sums": sums}
-        self.assertEqual(hwdeblur.device_section(found)[-1], "- base: the device gave no pictures back.")
+        self.assertEqual(hwdeblur.device_section(found)[-1], "- base: the device returned no pictures.")
 
     def test_the_steps_of_a_base_that_was_trained_here_are_told(self):
         for average, words in ((0.0, "."), (2.0, " and averaged over them.")):
@@ -2970,7 +2970,7 @@ class Choice(unittest.TestCase):
     def test_how_candidates_were_ranked_is_told(self):
         words = lambda **more: hwdeblur.wish_words(dataclasses.asdict(hwdeblur.Config(**more)))
         self.assertEqual(words(max_loss_db=0.1), "the fastest within --max-loss-db 0.1")
-        self.assertEqual(words(max_ms=5.0), "those that lose least within --max-ms 5")
+        self.assertEqual(words(max_ms=5.0), "what loses least within --max-ms 5")
 
 
 class OneNet(unittest.TestCase):
