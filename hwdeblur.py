@@ -1513,7 +1513,7 @@ def picked(candidates, pick):
 
 
 def stage_finetune(job, base, distill, search):
-    """Section II-C: candidates from the front, the knee first, trained on all pairs; one is picked.
+    """Section II-C: nets of the front, its knee first, trained on all pairs; one is picked.
 
     With crops of 96, eight ReluBN blocks (1.3x) end .17 dB below the base after 200 steps at a first rate of
     5e-4, .05 after 400, .03 at 1e-3. Averaged weights gain .05, 1,000 steps end .1 to .2 above 600 (so they

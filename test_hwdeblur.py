@@ -2229,7 +2229,7 @@ class Report(unittest.TestCase):
                  "ref": [1.0, 1.1], "proposed": 1, "space": 2, "hypervolume": 0.1, "below_chord": [0.0]}
         for refit, told in ((0, ""), (9, ", their last convolution fitted to 9 training crops first")):
             parts = hwdeblur.front_section({**found, "config": {"refit": refit}}, [], "best")
-            self.assertRegex(parts[-1], "base is alone")
+            self.assertRegex(parts[-1], "base is the one candidate")
             self.assertRegex(parts[1], "2 of 2 configurations were scored: 1 that .* proposed, and 1 that "
                              f"take one swap of a candidate back{told};")
 
