@@ -2230,8 +2230,8 @@ class Report(unittest.TestCase):
         for refit, told in ((0, ""), (9, ", their last convolution fitted to 9 training crops first")):
             parts = hwdeblur.front_section({**found, "config": {"refit": refit}}, [], "best")
             self.assertRegex(parts[-1], "base is the one candidate")
-            self.assertRegex(parts[1], "2 of 2 configurations were scored: 1 that .* proposed, and 1 that "
-                             f"take one swap of a candidate back{told};")
+            self.assertRegex(parts[1], f"2 of 2 configurations were scored{told}: 1 that .* proposed, and 1 "
+                             "that take one swap of a candidate back;")
 
     TABLE_1 = {  # as printed in the paper
         "stages": ("enc0", "enc1", "enc2", "enc3", "mid", "dec3", "dec2", "dec1", "dec0"),
