@@ -1360,7 +1360,7 @@ def taken_back(options):
 
 
 def swap_effects(evaluation, scored, sites, profile):
-    """What each swap of a configuration costs in dB and saves in ms (predicted): of it taken back alone."""
+    """What each swap of a configuration costs in dB and saves in predicted ms, by taking it back alone."""
     back = taken_back(evaluation.options)
     ms = lambda options: profile_device.network_ms(profile, choice_of(sites, options))
     return {"cost_db": {sites[i]: evaluation.loss_db - scored[options] for i, options in back.items()},

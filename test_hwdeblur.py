@@ -2198,11 +2198,12 @@ class Report(unittest.TestCase):
         return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
 
     def test_the_option_that_is_fastest_at_most_sites_is_named(self):
-        table = {"options": ["NAFBlock", "B", "C"], "frame": [8, 8],
-                 "sites": {"a": [3.0, 1.0, None], "b": [3.0, 2.0, 1.0], "c": [3.0, 1.0, 2.0]}}
-        _, words, text = hwdeblur.latency_section(table)
+        table = {"options": ["NAFBlock", "B", "C", "NoBlock"], "frame": [8, 8],
+                 "sites": {"a": [3.0, 1.0, None, 0], "b": [3.0, 2.0, 1.0, 0], "c": [3.0, 1.0, 2.0, 0]}}
+        with mock.patch.object(blocks, "BLOCKS", blocks.BLOCKS[:3]):   # no block at all is no news
+            _, words, text = hwdeblur.latency_section(table)
         self.assertIn("B is the fastest option at 2 of 3 sites", words)
-        self.assertEqual(self.cells(text)[0], ["a", "3.00", "1.00", "unavailable"])
+        self.assertEqual(self.cells(text)[0], ["a", "3.00", "1.00", "unavailable", "0.00"])
 
     def test_sums_are_shown_as_profiled_at_the_pace_of_the_measurement_and_measured(self):
         sums = {"rows": [{"net": "a", "predicted_ms": 20.0, "measured_ms": 16.0}], "drift": 2.0, "tau": None,
