@@ -136,8 +136,8 @@ def knob(default, stages, help, least=None, most=10 ** 9, unit="", choices=None)
         stages=stages.split(), help=help, unit=unit, least=least, most=most, choices=choices))
 
 
+NEAR_DB = 0.05                                    # what two candidates may differ by and count as equals
 # What --pick takes, in words.
-NEAR_DB = 0.05
 PICKS = {"near-best": f"the fastest within {NEAR_DB} dB of the best", "best": "the best",
          "fastest": "the fastest"}
 
@@ -1410,8 +1410,7 @@ def best_compromises(history, count, limits=(math.inf, math.inf), gain_db=math.i
     if limited.sum() == 1:
         order.sort(key=lambda i: Y[i, limited.argmin()])
     order = [i for i in without_base(history, order) if (Y[i] <= limits).all()]
-    mild = [i for i in order if Y[i, 0] <= WON_BACK_DB]
-    second = min(mild, key=lambda i: Y[i, 1], default=None)
+    second = min((i for i in order if Y[i, 0] <= WON_BACK_DB), key=lambda i: Y[i, 1], default=None)
     order = sorted(order, key=lambda i: (i != order[0], i != second))
     taken = search.apart(Y[front], [front.index(i) for i in order], count)
     return whole, [front[i] for i in taken]
@@ -2120,8 +2119,8 @@ def front_section(found, diverged, pick):
                f"it lies apart, the fastest that loses at most {WON_BACK_DB} dB, which fine-tuning usually "
                "wins back, or nearly; then the others, by the first rule. Where there are enough, they are "
                "at least a tenth of the span in latency apart, as near-copies teach little. Their distances "
-               "below the chord, both axes "
-               f"scaled to 1: {distances}. Picked after fine-tuning: {PICKS[pick]}.")
+               f"below the chord, both axes scaled to 1: {distances}. Picked after fine-tuning: "
+               f"{PICKS[pick]}.")
     return ["## The front",
             f"{len(rows)} of {found['space']:,} configurations were scored"
             f"{f', their last convolution fitted to {refit} training crops first' * bool(refit)}: "
