@@ -2028,8 +2028,8 @@ def saliency_section(saliency):
     rows = [[stage + " (critical)" * (stage in kept), *(f"{total[stage]:.4g}" for total in totals.values()),
              f"{ranks[stage]:.2f}"] for stage in totals["snip"]]       # in forward order, unlike `ranks`
     return ["## Table 1: saliency per stage",
-            f"{best} has the best mean rank over the six measures, {ranks[best]:.2f}; next is {second}, "
-            f"{ranks[second]:.2f}. {stays}, {len(saliency['sites'])} in all.",
+            f"{best} has the best mean rank, {ranks[best]:.2f}; next is {second}, {ranks[second]:.2f}. "
+            f"{stays}, {len(saliency['sites'])} in all.",
             markdown(["stage", *totals, "mean rank"], rows), PAPER_TABLE_1]
 
 
@@ -2148,14 +2148,14 @@ def nets_section(evaluate, finetune, found, profile, steps):
                      f"{net['val_after_db']:.2f}" if n else "",
                      *[formatted(peak_mb, ".0f")] * bool(jobs)])
     gains = [candidate["val_after_db"] - candidate["val_before_db"] for candidate in candidates]
+    ends = dict.fromkeys(f"{gain:+.2f}" for gain in (min(gains), max(gains)))
     rest = "alone: there is no figure for the rest of the net"
     if profile["rest_ms"]:
         rest = f"plus {profile['rest_ms']:.1f} ms for the rest of the net"
     elif profile["scale"] != 1:
         rest = f"times {profile['scale']:.2f}, since together they take longer alone than the whole net"
     return ["## Table 3: base, candidates and chosen net",
-            f"{steps} steps of fine-tuning change the candidates by {min(gains):+.2f} to "
-            f"{max(gains):+.2f} dB on validation.",
+            f"{steps} steps of fine-tuning change candidates by {' to '.join(ends)} dB on validation.",
             markdown(["", "options", "params, M", "MB", "ms", "PSNR dB", "SSIM", "predicted ms",
                       "validation dB", "fine-tuned", *["peak MB"] * bool(jobs)], rows), PAPER_TABLE_3,
             f"Options in the order of the sites: {', '.join(found['sites'])}. PSNR and SSIM on test. "
@@ -2178,7 +2178,7 @@ def site_section(saliency, profile, found, finetune):
             markdown(["site", "saliency rank", "base ms", "option", "its ms", "net, ms", "net, dB"], rows),
             "What each swap alone changes in predicted latency of the net and in PSNR on validation, before "
             "fine-tuning: found by taking it back. All ms are at the pace of table 2. Saliency rank: among "
-            "the sites, mean over the six measures; 1 is the most salient."]
+            "the sites, mean over the measures of table 1; 1 is the most salient."]
 
 
 def sums_section(sums):
