@@ -1010,17 +1010,16 @@ def recoloured(images, draw):
     return [(image[order] * factors + 0.5).to(torch.uint8) for image in images]
 
 
-def random_crops(pairs, seed, crop, batch, share, read, step):
+def random_crops(pairs, seed, crop, batch, share, read, recolour, step):
     """This rank's crops of one step, share (rank, ranks): blurred and sharp, uint8 (b, 3, crop, crop).
 
-    At random places, flipped and turned. Made pairs, which are tensors, are recoloured; photographs keep
-    their colours, as in NAFNet's recipe.
+    At random places, flipped and turned and, where asked for, `recoloured`.
     """
     draws, taken = np.random.default_rng([seed, step]).random((batch, 12))[share[0]::share[1]], []
     for draw in draws:
         pair = pairs[int(draw[0] * len(pairs))]
         images = crop_pair(read(pair), crop, draw[1:5])
-        taken.append(recoloured(images, draw[5:]) if torch.is_tensor(pair[0]) else images)
+        taken.append(recoloured(images, draw[5:]) if recolour else images)
     return [torch.stack(images) for images in zip(*taken)]
 
 
@@ -1029,11 +1028,14 @@ def crops(pairs, seed, crop, batch, workers=0, share=(0, 1)):
 
     A pure function of (seed, step), so a loop resumed at any step continues bit for bit. workers: processes
     that decode ahead. share (rank, ranks): which images of the batch it is to be, rank, rank + ranks, ..
+    Made pairs, which are tensors, are recoloured, and so are the few photographs that they join; photographs
+    alone keep their colours, as in NAFNet's recipe.
     """
     if batch < share[1]:
         raise InputError(f"--batch {batch} is too small for {share[1]} ranks: give at least as many crops")
     read = load_pair if workers else functools.lru_cache(8)(load_pair)
-    make = functools.partial(random_crops, pairs, seed, crop, batch, share, read)
+    made = any(torch.is_tensor(sharp) for sharp, _ in pairs)
+    make = functools.partial(random_crops, pairs, seed, crop, batch, share, read, made)
     return made_ahead(make, workers) if workers else make
 
 

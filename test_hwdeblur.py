@@ -1805,11 +1805,11 @@ class Data(unittest.TestCase):
         seen = {tuple(crop.flatten().tolist()) for crop in hwdeblur.crops([pair], 0, 3, 2000)(0)[0]}
         self.assertEqual(seen, whole)
 
-    def test_made_pairs_are_recoloured_both_images_alike_and_photographs_are_not(self):
+    def test_made_pairs_are_recoloured_both_images_alike_and_photographs_alone_are_not(self):
         grey, orders = torch.ones(3, 4, 4).byte(), list(itertools.permutations((100, 150, 200)))
         image = grey * torch.tensor([100, 150, 200]).byte().reshape(3, 1, 1)
-        colours = lambda pair: [list(map(tuple, batch[:, :, 0, 0].tolist()))
-                                for batch in hwdeblur.crops([pair], 0, 4, 1200)(0)]
+        colours = lambda *pairs: [list(map(tuple, batch[:, :, 0, 0].tolist()))
+                                  for batch in hwdeblur.crops(pairs, 0, 4, 1200)(0)]
         blur, sharp = colours((image, image))
         self.assertEqual(blur, sharp)
         counts = [sharp.count(order) for order in orders]
@@ -1818,7 +1818,10 @@ class Data(unittest.TestCase):
         factors = factors[factors[:, 0] < 1]
         self.assertTrue(0.4 <= factors.min() < 0.41 and abs(factors.mean() - 0.7) < 0.02)
         self.assertLess(np.abs(np.corrcoef(factors.T) - np.eye(3)).max(), 0.12)
-        self.assertEqual(set(sum(colours(2 * (self.filed(image),)), [])), {(100, 150, 200)})
+        photograph = 2 * (self.filed(image),)
+        self.assertEqual(set(sum(colours(photograph), [])), {(100, 150, 200)})
+        joined = colours(photograph, (0 * grey, 0 * grey))[0]           # the made pair is black
+        self.assertEqual({order for order in orders if order in joined}, set(orders))
 
     def test_a_recoloured_blur_is_the_blur_of_recoloured_frames(self):
         draw = np.array([0.2, 0.9, 0.5, 0.1, 0.6, 0.3, 0.9])           # channels 0 2 1, times .46 .76 .58
