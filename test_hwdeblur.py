@@ -3618,7 +3618,7 @@ class Whole(unittest.TestCase):
         self.assertEqual(sorted(flags), sorted([*own, "--stage", "--preset", "--out", "--device", "--threads",
                                                 "--force", "--input", "--output"]))
         help_text = " ".join(text.split())
-        self.assertRegex(help_text, r"stage distill: --distill-share [^:]+\[150 steps; paper: 20000\]")
+        self.assertRegex(help_text, r"stage distill: --distill-share [^:]+\[300 steps; paper: 20000\]")
         self.refused("no stage is given: --stage all")
 
     def test_bad_input_is_one_line(self):
