@@ -1034,8 +1034,8 @@ def crops(pairs, seed, crop, batch, workers=0, share=(0, 1)):
     if batch < share[1]:
         raise InputError(f"--batch {batch} is too small for {share[1]} ranks: give at least as many crops")
     read = load_pair if workers else functools.lru_cache(8)(load_pair)
-    made = any(torch.is_tensor(sharp) for sharp, _ in pairs)
-    make = functools.partial(random_crops, pairs, seed, crop, batch, share, read, made)
+    recolour = any(torch.is_tensor(sharp) for sharp, _ in pairs)
+    make = functools.partial(random_crops, pairs, seed, crop, batch, share, read, recolour)
     return made_ahead(make, workers) if workers else make
 
 
