@@ -5,11 +5,11 @@ A *site* is a block that may be replaced ("dec0.0"), an *option* its number in B
 original), a *surrogate* a trained alternative for one site, a *choice* a dict {site: option}.
 Images are float32 RGB in [0, 1]; nets and images stay in channels_last.
 """
+import argparse
 import contextlib
 import copy
 import math
 import statistics
-import sys
 import time
 import zlib
 
@@ -110,10 +110,10 @@ class LayerNorm2d(nn.Module):
 
 
 class NAFBlock(nn.Module):
-    """Option 0, the original (Chen et al. 2022, figure 3c): everything below x and y is theirs.
+    """Option 0, the original (Chen et al. 2022, figure 3c), from x to z, as they have it.
 
     y = x + beta * conv3(a * sca(mean a)), a = gate(dw(conv1(norm1 x)));
-    z = y + gamma * conv5(gate(conv4(norm2 y))). Three operators dislike NPUs: the norm over
+    z = y + gamma * conv5(gate(conv4(norm2 y))). NPUs dislike three of its operators: the norm over
     channels, the global mean with its broadcast product, and the split of channels in the gate.
     """
 
@@ -722,7 +722,8 @@ def distill(net, sites, batch_at, steps, lr, seed, only=None, amp=False, state=N
     """
     pairs = [(site, k) for site in sites for k in range(1, len(BLOCKS))]
     if only is not None:
-        pairs = [pair for pair in pairs if pair in set(map(tuple, only))]
+        wanted = set(map(tuple, only))
+        pairs = [pair for pair in pairs if pair in wanted]
     if not pairs:
         return {}, {}
     names = {f"{site} {k}".replace(".", "-"): (site, k) for site, k in pairs}      # modules take no dots
@@ -809,20 +810,20 @@ def deploy(module, divisor=1):
     norms divide first, and their eps by its square, which is exactly equal and keeps the sums in them, of
     squares above all, within the range of float16.
     """
-    module = copy.deepcopy(module).eval().requires_grad_(False)
-    for norm in (each for each in module.modules() if isinstance(each, LayerNorm2d)):
+    whole = nn.ModuleList([copy.deepcopy(module)]).eval().requires_grad_(False)    # it may be replaced itself
+    for norm in (each for each in whole.modules() if isinstance(each, LayerNorm2d)):
         norm.divisor = divisor
-    for parent in list(module.modules()):
+    for parent in list(whole.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, RepBranches):
                 setattr(parent, name, child.merged())
-    for parent in list(module.modules()):
+    for parent in list(whole.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Sequential) and [type(m) for m in child] == [nn.Conv2d, nn.BatchNorm2d]:
                 setattr(parent, name, fuse_conv_bn_eval(*child))
             elif isinstance(child, nn.Sequential) and any(isinstance(m, NoBlock) for m in child):
                 setattr(parent, name, nn.Sequential(*(m for m in child if not isinstance(m, NoBlock))))
-    return module.requires_grad_(False).to(memory_format=torch.channels_last)
+    return whole[0].requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 class Magnitudes(TorchDispatchMode):
@@ -910,7 +911,10 @@ def bench(rounds=7):
 
 
 def main():
-    """Print the blocks: parameters and MACs at shapes of the paper's net; --bench: speed."""
+    """Print the blocks: parameters and MACs at shapes of the paper's net."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--bench", action="store_true", help="and the net's speed against plain NCHW")
+    arguments = parser.parse_args()
     print(f"{'option':<22}{'params, C=32':>14}{'MMACs, 32x256x256':>20}{'MMACs, 512x16x16':>20}")
     for option, block in enumerate(BLOCKS):
         shapes = ((1, 32, 256, 256), (1, 512, 16, 16))
@@ -920,7 +924,7 @@ def main():
     net = NAFNet()
     print(f"NAFNet width 32: {len(site_names(net))} blocks, {count_params(net):,} parameters, "
           f"{count_macs(net, (1, 3, 256, 256)) / 1e9:.2f} GMACs at 256x256")
-    if "--bench" in sys.argv[1:]:
+    if arguments.bench:
         bench()
 
 

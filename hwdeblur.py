@@ -4,7 +4,7 @@
                            \\--> profile -> latency table --+--> search -> front -> knee -> finetune -> ...
 
 Images are float32 RGB in [0, 1], (B, 3, H, W) or (3, H, W); stored pairs are uint8 (3, H, W). A stage is a
-function of (job, earlier artefacts by name) to one artefact; only the store touches the disk. The sections
+function of (job, earlier artefacts by name) to one artefact, which the store keeps on disk. The sections
 of this file, in order, each built on those above it:
 
     errors and progress                          one line for the user; one live line on a terminal
@@ -73,7 +73,7 @@ import search
 
 try:
     import fcntl
-except ImportError:                               # Windows: runs in one folder are not kept apart
+except ImportError:                               # on Windows runs in one folder are not kept apart
     fcntl = None
 
 
@@ -108,13 +108,14 @@ def progress(label, total, begun=0):
 
     begun: how many an earlier process had done. note() -> text, called only when the line is shown.
     """
-    started, live, said = time.perf_counter(), sys.stderr.isatty(), [0.0]
+    started, live, said, fifths = time.perf_counter(), sys.stderr.isatty(), 0.0, 5 * begun // max(total, 1)
 
     def tick(done, note=lambda: ""):
+        nonlocal said, fifths
         now = time.perf_counter()
-        if done <= begun or done < total and (now - said[0] < 0.2 if live else done % -(-total // 5)):
+        if done <= begun or done < total and (now - said < 0.2 if live else 5 * done // total <= fifths):
             return
-        said[0] = now
+        said, fifths = now, 5 * done // total
         spent = max(now - started, 1e-9) / (done - begun)              # seconds apiece
         left = f"{1 / spent:.1f}/s, {spent * (total - done):.0f} s left"
         line = f"{label}: {done}/{total}, {left} {note()}".rstrip()
@@ -144,7 +145,7 @@ PICKS = {"near-best": f"the fastest within {NEAR_DB} dB of the best", "best": "t
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that decides the result. Defaults are the demo preset, sized for two CPU cores."""
+    """What decides the result, and --workers. Defaults are the demo preset, sized for two CPU cores."""
     seed: int = knob(0, "any base adapt", "seed of every random choice", 0, 2 ** 32 - 1)
     workers: int = knob(0, "any", "processes that decode training images ahead", 0, 256)
     data: str = knob("", "data", "folder of train and test pairs, as folders or lists; none: made pairs")
@@ -240,7 +241,7 @@ def check(config):
                 raise InputError(f"{flag(field.name)} {shown(value)} must be {bound}")
     enc, dec = len(config.enc), len(config.dec)
     if enc != dec or enc > 6:                     # each halves the picture
-        raise InputError(f"--enc has {enc} stages, --dec {dec}: give as many of each, at most 6")
+        raise InputError(f"stages: --enc has {enc}, --dec {dec}; give as many of each, at most 6")
     if not config.data and config.crop > config.made_size:
         raise InputError(f"--crop {config.crop} is larger than --made-size {config.made_size}")
     made = 6 * (config.made_train + 2 * config.made_test) * config.made_size ** 2
@@ -264,8 +265,10 @@ def window_of(config):
 
 def rank():
     """This process's number among those that torchrun started, 0 if it is the only one."""
-    number = os.environ.get("RANK", "0")
-    return dist.get_rank() if dist.is_initialized() else int(number) if number.isdigit() else 0
+    if dist.is_initialized():
+        return dist.get_rank()
+    number = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+    return int(number) if number.isdigit() else 0
 
 
 def world():
@@ -396,7 +399,8 @@ def write_file(path, content):
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): make room or give another") from None
+        raise InputError(f"{path} cannot be written ({error.strerror}): make room there, or give another "
+                         "place") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -863,7 +867,9 @@ def pairs_below(root):
         return listed_pairs(root)
     pairs, layouts = [], [tuple(name.lower() for name in names) for names in FOLDERS]
     for folder, inner, _ in os.walk(root, followlinks=True):
-        inner[:] = [name for name in inner if not name.startswith(".")]
+        real = Path(folder).resolve()             # links to folders that they are in would never end
+        inner[:] = [name for name in inner
+                    if name[0] != "." and not real.is_relative_to((real / name).resolve())]
         here = {name.lower(): Path(folder) / name for name in inner}
         layout = next((names for names in layouts if here.keys() >= set(names)), None)
         if layout:
@@ -978,7 +984,7 @@ def training_pairs(config, split="train"):
         return own
     made = made_pairs(config.seed, "train", config.made_train, max(config.made_size, config.crop))
     say(f"{len(own)} training pairs are few (--few): {len(made)} made ones take half of all crops")
-    mixed = own * max(1, round(len(made) / len(own))) + made
+    mixed = own * max(1, round(len(made) / len(own))) + made * max(1, round(len(own) / len(made)))
     return [mixed[i] for i in np.random.default_rng([config.seed, 5]).permutation(len(mixed))]
 
 
@@ -1086,13 +1092,13 @@ def alike(pairs, pixels=2 ** 16):
 
 
 def image_scores(net, pairs, device="cpu", with_ssim=True, label=""):
-    """PSNR (dB) and SSIM of every image; net None scores the blurred input; label: of the progress shown."""
+    """PSNR (dB, at most 100) and SSIM of every image; net None: of the blurred input; label: of progress."""
     db, structure, tick = [], [], progress(label, len(pairs)) if label else lambda done: None
     for group in alike(pairs):
         sharp, blur = zip(*group)
         output = as_batch(blur, device) if net is None else restore(net, blur, device)
         target = as_batch(sharp, device)
-        db += image_psnr(output, target).tolist()
+        db += image_psnr(output, target).clamp(max=100).tolist()       # an exact one's is infinite
         structure += [ssim(*pair).item() if with_ssim else math.nan for pair in zip(output, target)]
         tick(len(db))
     return {"psnr_db": db, "ssim": structure}
@@ -1376,6 +1382,9 @@ def swap_effects(evaluation, scored, sites, profile):
 
 def score_new(score, scored, keep, proposals):
     """[dB lost by each proposal]; what is not in `scored` is added, each scored by one rank, and kept."""
+    if any(each != proposals for each in gather(proposals)):           # scores would be mixed up
+        raise InputError("the ranks propose different nets, as their machines round differently: "
+                         "run --stage search and --stage control on machines of one kind")
     new = [options for options in proposals if options not in scored]
     for i in range(0, len(new), world()):
         chunk = new[i:i + world()]
@@ -1386,9 +1395,10 @@ def score_new(score, scored, keep, proposals):
 
 
 def useful(front, losses, gain_db, limits=(math.inf, math.inf)):
-    """The positions in `front` of what loses less dB than the base gains over the input, which takes no time.
+    """The positions in `front` of what loses less dB than the base gains over its input.
 
-    All, where the base gains nothing, or where limits (see `wished`) say what is wanted.
+    What loses more is worse than no net at all, which takes no time. All, where the base gains nothing, or
+    where limits (see `wished`) say what is wanted.
     """
     return [i for i in front if losses[i] < gain_db or gain_db <= 0 or any(map(math.isfinite, limits))]
 
@@ -1398,7 +1408,7 @@ def without_base(history, positions):
     return [i for i in positions if any(history[i].options)] or positions
 
 
-WON_BACK_DB = 0.25      # lost before fine-tuning, which usually wins that back, or nearly
+WON_BACK_DB = 0.2       # lost before fine-tuning, which usually wins that back, or nearly
 
 
 def best_compromises(history, count, limits=(math.inf, math.inf), gain_db=math.inf):
@@ -1493,7 +1503,7 @@ def stage_search(job, base, saliency, profile, distill):
     base_db, score = scorer(assembler(job, net, distill), sites, val, job.device)
     history, scored, score_all = searched(job, score, penalty)
     proposed, limits = len(history), wished(config, profile)
-    gain_db = base_db - evaluate(None, val, job.device, with_ssim=False)["psnr_db"]
+    gain_db = first(lambda: base_db - evaluate(None, val, job.device, with_ssim=False)["psnr_db"])
     candidates = functools.partial(best_compromises, count=config.candidates, limits=limits, gain_db=gain_db)
     history, front, knee = with_swaps_back(history, candidates, score_all, penalty)
     ms = [profile_device.network_ms(profile, choice_of(sites, e.options)) for e in history]
@@ -1773,6 +1783,8 @@ def control_plan(job, base, saliency, profile, distill, found, finetune):
     rows = [row("base"), row("base, more steps"), row("chosen", choice),
             row("narrower", {}, untrained or slow * (width is None), width, True),
             row("shallower", dict.fromkeys(gone or [], len(blocks.BLOCKS)), slow * (gone is None)),
+            row("shallower, one block more", dict.fromkeys((gone or [])[:-1], len(blocks.BLOCKS)),
+                "none is slower" * (not gone)),
             *(row(name, choice_of(sites, options or []), "no other of this latency" * (options is None))
               for name, options in equal.items()),
             row("chosen, from scratch", choice, untrained, None, True)]
@@ -2210,7 +2222,7 @@ def control_kind(row):
     """What a control is, in a few words."""
     if row["width"]:
         return f"width {row['width']}"
-    if row["name"] == "shallower":
+    if row["name"].startswith("shallower"):
         return f"without {' '.join(row['choice']) or 'nothing'}"
     return " ".join(map(str, row["choice"].values())) or "no swap"
 
@@ -2270,7 +2282,8 @@ def control_section(config, control):
             f"chosen net as a candidate. Narrower and from scratch had {config.base_steps} steps of a base's "
             "training before that, with batch norms that do nothing, since no distillation gave them "
             "statistics. Narrower: the largest width that is no slower than the chosen net. Shallower: "
-            "without the least salient blocks, as few as bring that latency. One option everywhere: the one "
+            "without the least salient blocks, as few as bring that latency; with one block more it is "
+            "slower. One option everywhere: the one "
             "that scores best of those predicted to be no slower. Budgeted sum: what loses least at the "
             f"chosen net's predicted latency if the losses of single swaps ({control['single_swaps']} were "
             "scored) add up. Random: of that predicted latency within 3 %.",
@@ -2711,9 +2724,11 @@ def held(out):
 def conclude(config, last, out, known):
     """Print what was gained, where everything is, and what to try next."""
     if last in ("evaluate", "report"):
-        metrics, found = (current(out, config, need, known, "report") for need in ("evaluate", "search"))
+        metrics = current(out, config, "evaluate", known, "report")
         parts = [gain_table(metrics), gain_words(metrics), pace_words(metrics),
-                 *test_tables(metrics["tests"], metrics, config.frame), wish_list(found)]
+                 *test_tables(metrics["tests"], metrics, config.frame)]
+        if (out / EVERY["search"].file).exists():
+            parts.append(wish_list(current(out, config, "search", known, "report")))
     elif last == "control":
         control = current(out, config, "control", known, "control")
         print(f"{control_table(control)}\n\n{control_words(control)}\n\n"
@@ -2754,7 +2769,7 @@ def run(config, stage, out, device="cpu", force=False):
     with held(out):
         for name in STAGES if stage == "all" else [stage]:
             begun, (function, file, shared) = time.monotonic(), stage_of(config, name)
-            anew = force and name == (stage if stage in ("evaluate", "control") else "profile")
+            anew = force and name in ("profile", "evaluate") and stage in ("all", name)
             art = first(lambda: prepared(config, name, out, device, known, anew))
             if art is not None:
                 job = Job(config, pairs, device, out, header(config, name, art), anew)
@@ -2776,6 +2791,8 @@ class Parser(argparse.ArgumentParser):
 def sides(text):
     """'256' or '720x1280' -> (height, width)."""
     height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and (width or height).isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give H or HxW, in pixels")
     return int(height), int(width or height)
 
 
@@ -2838,6 +2855,8 @@ def parser():
 
 def obey(args, config, out, device):
     """Do what the command line asks for."""
+    if args.force and args.stage not in ("all", "profile", "evaluate"):
+        raise InputError(f"--force goes with --stage all, profile or evaluate, not {args.stage}")
     agreed(lambda: profile_device.usable(device))
     if args.stage == "deblur":
         first(lambda: run_deblur(args.input, args.output, out, device))
@@ -2880,7 +2899,8 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as error:          # torch's own is a RuntimeError; any rank tells it
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        say(f"hwdeblur: out of memory ({first_line(error)}): lower --width, --batch, --crop or --frame")
+        say(f"hwdeblur: out of memory ({first_line(error)}): lower --width, --batch, --crop or --frame, or "
+            "give smaller images")
         return 2
     return 0
 

@@ -73,7 +73,7 @@ def time_together(entries, device="cpu", rounds=20, warmup=3, calls=4):
     times, names = {name: [] for name in entries}, list(entries)
     with torch.inference_mode():
         for _ in range(warmup + rounds):          # a machine that drifts does so under all of them alike
-            for i in torch.randperm(len(names), generator=generator):    # none always follows the same other
+            for i in torch.randperm(len(names), generator=generator):    # in another order every time
                 (module, _), x, visit = entries[names[i]], inputs[names[i]], []
                 for _ in range(calls):
                     start = stamp(x)
@@ -91,14 +91,14 @@ def time_local(module, shape, device="cpu", rounds=20, warmup=3):
 def settled(times):
     """{name: [ms, one per round]} -> {name: lower quartile in ms, the pace of each round divided out}."""
     # A round's pace is its times over the names' own: a machine slows down under all of them alike. Lower
-    # quartiles, since other programs only slow calls down: if well over a fourth are spared, no other counts.
+    # quartiles, since other programs only slow calls down: if over a fourth are spared, they alone count.
     ms = torch.tensor(list(times.values()), dtype=torch.float64)                    # (names, rounds)
     pace = (ms / ms.quantile(0.25, 1, keepdim=True)).quantile(0.25, 0)              # (rounds,)
     return dict(zip(times, (ms / pace).quantile(0.25, 1).tolist()))
 
 
 def usable(device):
-    """OSError of one line where a torch device is not to be had; of several GPUs, it becomes the current."""
+    """OSError of one line where a torch device is not available; one of several GPUs is made current."""
     try:
         kind = torch.device(device)
         if kind.type not in ("cpu", "cuda"):
@@ -108,7 +108,7 @@ def usable(device):
             torch.cuda.set_device(kind)
     except (RuntimeError, AssertionError, NotImplementedError, AttributeError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
-        raise OSError(f"--device {device} is not to be had here: {why}") from None
+        raise OSError(f"--device {device} is not available here: {why}") from None
 
 
 def machine(device):
@@ -122,7 +122,7 @@ def machine(device):
 
 
 def alone(call, *args, **kwargs):
-    """call(*args, **kwargs), pickled, in a fresh Python process with as many threads; else here, told why."""
+    """call(*args, **kwargs), pickled, in a fresh Python process with as many threads; if it fails, here."""
     # Which caches a tensor meets depends on what its process did before: after training, some blocks took up
     # to 1.3 times as long. Not a process of `multiprocessing`: that would run the caller's script once more.
     child = (f"import sys; sys.path[:] = {sys.path}; out, sys.stdout = sys.stdout.buffer, sys.stderr; "
@@ -136,7 +136,7 @@ def alone(call, *args, **kwargs):
         why = (done.stderr.decode(errors="replace").splitlines() or [""])[-1]
     except Exception as error:                    # what cannot be pickled raises errors of many kinds
         why = f"{type(error).__name__}: {error}"
-    print(f"no fresh process could do it ({why}): timing in this, whose history counts", file=sys.stderr)
+    print(f"no fresh process could do it ({why}): timed in this one, whose history counts", file=sys.stderr)
     return call(*args, **kwargs)
 
 
@@ -622,12 +622,13 @@ def main(argv=None):
     parser.add_argument("--jobs", default="profile_jobs.json", help="where AI Hub jobs are noted")
     parser.add_argument("--force", action="store_true", help="submit AI Hub jobs anew")
     args = parser.parse_args(argv)
-    if args.width < 2 or args.width % 2 or args.frame < 16:
-        parser.error("--width must be even and --frame at least 16")
     try:
+        if args.width < 2 or args.width % 2 or args.frame < 16:
+            raise OSError(f"--width {args.width} must be even, --frame {args.frame} at least 16")
         usable(args.device)
     except OSError as error:
-        parser.error(str(error))
+        print(f"profile_device: {error}", file=sys.stderr)
+        return 2
     shapes = [(1, args.width * 2 ** i, args.frame // 2 ** i, args.frame // 2 ** i) for i in range(5)]
     sizes = ["x".join(map(str, shape[1:])) for shape in shapes]
     entries = {f"{name} {size}": (module.eval().to(args.device, memory_format=torch.channels_last), shape)

@@ -19,6 +19,7 @@ import numpy as np
 from scipy.linalg import LinAlgError, cho_solve, cholesky, solve_triangular
 from scipy.linalg.lapack import dpotri
 from scipy.optimize import Bounds, LinearConstraint, brentq, milp, minimize
+from scipy.spatial.distance import cdist
 from scipy.special import softmax
 from scipy.stats import norm, qmc
 
@@ -119,7 +120,7 @@ def distances(A, B, kernel):
 def weighted_distances(rates, A, B, kernel):
     """The `distances` (a, b) added up over the sites, each times its rate."""
     if kernel == "rbf":
-        return sum(rate * D for rate, D in zip(rates, distances(A, B, kernel)))
+        return cdist(A, B, "sqeuclidean", w=rates) / 2
     A, B = np.asarray(A), np.asarray(B)                                # what agrees, by matrix products
     return rates.sum() - sum((A == k).astype(float) @ ((B == k) * rates).T for k in np.unique(B))
 
