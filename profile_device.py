@@ -203,14 +203,12 @@ def whole_net(base_ms, sites):
 
 
 def local_timing(net, blocks, frame, deploy, device, rounds):
-    """Times on `device`; equal (block type, shape) share one; spread: interquartile range over median."""
+    """Times on `device`; blocks of equal (type, shape) share one."""
     keys, entries = distinct_modules(net, blocks, frame, deploy, device)
-    times = time_in_place(keys, entries, device, rounds)
-    ms = settled(times)
+    ms = settled(time_in_place(keys, entries, device, rounds))
     sites = {site: [ms[key] for key in row] for site, row in keys.items()}
-    return {**machine(device), "sites": sites, **whole_net(ms["net"], sites), "rounds": rounds,
-            "statistic": "lower quartile of interleaved rounds, the pace of each divided out",
-            "spread": max((q3 - q1) / q2 for q1, q2, q3 in map(statistics.quantiles, times.values()))}
+    return {**machine(device), "sites": sites, **whole_net(ms["net"], sites),
+            "statistic": "lower quartile of interleaved rounds, the pace of each divided out"}
 
 
 # ----------------------------------------------------------------------------- Qualcomm AI Hub: jobs
