@@ -719,6 +719,10 @@ class Search(unittest.TestCase):
         around = [o for o in search.neighbours([best.options], options) if o not in seen]
         self.assertAlmostEqual(gain(around).max(), gain([best.options])[0], places=12)
         self.assertAlmostEqual(best.loss_db, search.unwarp(at([best.options])[0][0, 0], power))
+        worst = min((o for o in itertools.product(*options) if o not in seen), key=lambda o: gain([o])[0])
+        with mock.patch.object(search, "candidates", lambda *args: [worst]):
+            reached = search.best_candidate(history, self.penalty, 0, (3.0, 1.05), "overlap")
+        self.assertGreater(np.not_equal(reached.options, worst).sum(), 1)      # more than one step away
 
     def test_search_starts_with_the_ends_repeats_nothing_and_survives_a_cut(self):
         sizes, seen = [], []
@@ -2401,6 +2405,14 @@ class Training(Case):
         self.assertTrue(same(dict(got.named_buffers()), dict(net.named_buffers())) and list(got.buffers()))
         self.assertFalse(same(got.state_dict(), net.state_dict()))
 
+    def test_a_share_of_a_batch_counts_by_its_weight(self):
+        batch, norms = (images(1, 3, 8, 8), images(1, 3, 8, 8, seed=1)), []
+        note = lambda parameters, most: norms.append(sum(p.grad.square().sum().item() for p in parameters))
+        with mock.patch.object(nn.utils, "clip_grad_norm_", note):
+            for weight in ((), (0.5,)):
+                blocks.train(small_net(), lambda step: (*batch, *weight), 1, 1e-3, clip=1.0)
+        self.assertAlmostEqual(norms[1] / norms[0], 0.25, places=4)
+
     def test_gradients_are_clipped_by_the_norm_of_all_and_the_loss_is_capped(self):
         """Two steps, as AdamW forgets the length of a gradient, but not how the second compares with it."""
         batches = [(images(1, 3, 8, 8), images(1, 3, 8, 8, seed=9)),
@@ -2875,6 +2887,7 @@ class OneNet(Case):
             self.assertIn(timed[name], [call.args[0] for call in scored.call_args_list])
         self.assertFalse(any(isinstance(m, nn.BatchNorm2d) for net in timed.values() for m in net.modules()))
         self.assertEqual(windows(timed["global attention"]), [None] * 5)
+        self.assertIsInstance(timed["global attention"].blocks()["mid.0"], blocks.NAFBlock)    # the base
         self.assertTrue(all(windows(net) == [12, 6, 3, 6, 12] or 0 in windows(net)
                             for name, net in timed.items() if name != "global attention"))
         self.assertEqual((found["global_ms"], found["window"]), (8.0, 12))
@@ -3588,10 +3601,13 @@ class Whole(Case):
         torch.save(artefact(self.out / "base.pt")["params"], weights)
         flags = [*PAPER, "--weights", weights, "--controls", 0]
         self.done("all", *flags, out=out)
-        for scratch, missing in (([], 2), (["--control-scratch"], 0)):
-            self.done("control", *flags, *scratch, out=out)
+        for scratch, missing, gone in (([], 2, []), (["--control-scratch"], 0, None)):
+            with mock.patch.object(hwdeblur, "as_fast", lambda *args: (2, gone)):
+                self.done("control", *flags, *scratch, out=out)
             reasons = [row["missing"] for row in artefact(out / "control.json")["rows"]]
             self.assertEqual(reasons.count("not trained: --control-scratch"), missing)
+            self.assertEqual([reasons.count(f"none is {how}") for how in ("slower", "as fast")],
+                             [1, gone is None])
             (out / "control.json").unlink()
 
     def test_the_best_or_the_fastest_is_picked(self):
