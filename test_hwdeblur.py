@@ -1730,12 +1730,12 @@ class Data(Case):
     def test_batches_are_a_function_of_seed_and_step(self):
         sharp = [images(3, *size, seed=size[0]).mul(254).byte() for size in ((20, 31), (17, 16))]
         pairs = [(self.filed(image), self.filed(image + 1)) for image in sharp]   # blurred: brighter by 1
-        batch_at, again = (hwdeblur.crops(pairs, 5, 16, 3) for _ in range(2))
+        batch_at, again = (hwdeblur.crops(pairs, 5, 16, 9) for _ in range(2))
         again(1)
         blur, sharp = batch_at(4)
-        self.assertEqual(blur.shape, (3, 3, 16, 16))
+        self.assertEqual(blur.shape, (9, 3, 16, 16))
         self.assertTrue(torch.equal(blur, sharp + 1) and torch.equal(blur, again(4)[0]))
-        for other in (batch_at(5), hwdeblur.crops(pairs, 6, 16, 3)(4)):
+        for other in (batch_at(5), hwdeblur.crops(pairs, 6, 16, 9)(4)):
             self.assertFalse(torch.equal(blur, other[0]))
 
     def test_crops_are_windows_of_the_image_turned_or_not_and_all_places_occur(self):
@@ -3559,6 +3559,8 @@ class Whole(Case):
             self.assertEqual(found["critical"], kept or blocks.critical_stages(found["scores"]))
             stages = {site.split(".")[0] for site in found["sites"]}
             self.assertEqual((len(found["sites"]), stages & set(kept)), (left, set()))
+            forward = [site for site in found["scores"]["snip"] if site in found["sites"]]
+            self.assertEqual(found["sites"], forward)
             self.refused(f"--keep {count}, not 5", "saliency", *flags, "--keep", 5, out=out)
             if count == 1:
                 self.done("profile", *flags, "--keep", count, out=out)
