@@ -938,11 +938,11 @@ def carved(pairs, most, seed):
     largest = max(scenes, key=lambda scene: len(scenes[scene]))
     others = [scene for scene in scenes if scene != largest]
     order = np.random.default_rng([seed, 3]).permutation(len(others))
-    held = {others[i] for i in order[:min(most, max(1, len(scenes) // 8))]}
-    back = [pair for scene in scenes if scene in held for pair in scenes[scene]]
-    train = [pair for scene in scenes if scene not in held for pair in scenes[scene]]
+    held_back = {others[i] for i in order[:min(most, max(1, len(scenes) // 8))]}
+    back = [pair for scene in scenes if scene in held_back for pair in scenes[scene]]
+    train = [pair for scene in scenes if scene not in held_back for pair in scenes[scene]]
     val = spread(back, most)
-    words = (f"Validation: {len(val)} of the {len(back)} pairs of {len(held)} of {len(scenes)} scenes, "
+    words = (f"Validation: {len(val)} of the {len(back)} pairs of {len(held_back)} of {len(scenes)} scenes, "
              "none of which is in train.")
     if all(scene.is_file() for scene in scenes):
         words = (f"Validation: {len(val)} of {len(pairs)} pairs. All share one folder, so they were carved "
