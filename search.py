@@ -583,12 +583,12 @@ def svg_axes(x_range, y_range, at, x_label, y_label):
 
 
 def svg_labels(labels):
-    """Texts beside marks [(x, y, text)], each towards the middle of the plot, above those in its way."""
+    """Texts beside marks [(x, y, text)], right of them, off the front, where there is room; none overlap."""
     parts, taken = [], []
     for x, y, text in labels:
-        side, height = 1 if x < (LEFT + RIGHT) / 2 else -1, 19 * (1 + text.count("\n"))
+        side, height = 1 if x < RIGHT - 200 else -1, 19 * (1 + text.count("\n"))
         top = max(y - height - 8, TOP + 18)
-        while any(abs(x - other) < 250 and low - height < top < high for other, low, high in taken):
+        while any(abs(x - other) < 420 and low - height < top < high for other, low, high in taken):
             top -= 19
         taken.append((x, top, top + height))
         parts.append(svg_text(x + 16 * side, top, text, "start" if side > 0 else "end"))
