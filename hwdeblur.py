@@ -1180,6 +1180,11 @@ def choice_of(sites, options):
     return dict(zip(sites, map(int, options)))
 
 
+def without(gone):
+    """The choice that leaves out these blocks."""
+    return dict.fromkeys(gone, len(blocks.BLOCKS))
+
+
 def chosen_net(finetune, device="cpu"):
     """The net of artefact `finetune`; its options must still be what they were."""
     names, choice = option_names(no_block=True), finetune["choice"]
@@ -1726,7 +1731,7 @@ def as_fast(job, profile, arch, net, chosen, order):
     fewer = {f"without {n} blocks": order[:n] for n in range(len(order), -1, -1)}
     nets = {name: new_net(**{**arch, "width": n}, seed=0).to(job.device) for name, n in widths.items()}
     for name, gone in fewer.items():
-        nets[name] = blocks.assemble(net, {}, dict.fromkeys(gone, len(blocks.BLOCKS)))
+        nets[name] = blocks.assemble(net, {}, without(gone))
     nets = {name: blocks.deploy(net) for name, net in nets.items()}
     timed = lambda names: time_whole(job, profile, {**chosen, **{name: nets[name] for name in names}})[0]
     cost = timed([] if job.config.target == "qai-hub" else nets)
@@ -1782,9 +1787,8 @@ def control_plan(job, base, saliency, profile, distill, found, finetune):
         name=name, choice=choice or {}, missing=missing, width=width, scratch=scratch)
     rows = [row("base"), row("base, more steps"), row("chosen", choice),
             row("narrower", {}, untrained or slow * (width is None), width, True),
-            row("shallower", dict.fromkeys(gone or [], len(blocks.BLOCKS)), slow * (gone is None)),
-            row("shallower, one block more", dict.fromkeys((gone or [])[:-1], len(blocks.BLOCKS)),
-                "none is slower" * (not gone)),
+            row("shallower", without(gone or []), slow * (gone is None)),
+            row("shallower, one block more", without((gone or [])[:-1]), "none is slower" * (not gone)),
             *(row(name, choice_of(sites, options or []), "no other of this latency" * (options is None))
               for name, options in equal.items()),
             row("chosen, from scratch", choice, untrained, None, True)]
@@ -2572,6 +2576,7 @@ STAGES = {"base": Stage(stage_base, "base.pt", True),
           "report": Stage(stage_report, "report.md")}      # what --stage all runs, in order
 EVERY = {**STAGES, "control": Stage(stage_control, "control.json", True)}
 ADAPT = Stage(stage_adapt, "finetuned.pt", True)         # the form that finetune has with --from
+TIMED = ("profile", "evaluate")                          # what --force measures anew
 
 
 def stage_of(config, name):
@@ -2747,7 +2752,7 @@ def conclude(config, last, out, known):
 
 def asked_hub(config, out, force):
     """Refuse a token or a device that the hub does not know, unless nothing is left to ask of it."""
-    if force or not all((out / EVERY[name].file).exists() for name in ("profile", "evaluate")):
+    if force or not all((out / EVERY[name].file).exists() for name in TIMED):
         profile_device.hub_client(config.hub_device)
 
 
@@ -2769,7 +2774,7 @@ def run(config, stage, out, device="cpu", force=False):
     with held(out):
         for name in STAGES if stage == "all" else [stage]:
             begun, (function, file, shared) = time.monotonic(), stage_of(config, name)
-            anew = force and name in ("profile", "evaluate") and stage in ("all", name)
+            anew = force and name in TIMED and stage in ("all", name)
             art = first(lambda: prepared(config, name, out, device, known, anew))
             if art is not None:
                 job = Job(config, pairs, device, out, header(config, name, art), anew)
@@ -2855,8 +2860,8 @@ def parser():
 
 def obey(args, config, out, device):
     """Do what the command line asks for."""
-    if args.force and args.stage not in ("all", "profile", "evaluate"):
-        raise InputError(f"--force goes with --stage all, profile or evaluate, not {args.stage}")
+    if args.force and args.stage not in ("all", *TIMED):
+        raise InputError(f"--force goes with --stage all, {' or '.join(TIMED)}, not {args.stage}")
     agreed(lambda: profile_device.usable(device))
     if args.stage == "deblur":
         first(lambda: run_deblur(args.input, args.output, out, device))

@@ -608,6 +608,28 @@ def operators(channels):
             "ReLU": nn.ReLU()}
 
 
+def print_operators(args):
+    """Measure and print what `main` was asked for; HubError or OSError where that cannot be done."""
+    if args.width < 2 or args.width % 2 or args.frame < 16:
+        raise OSError(f"--width {args.width} must be even, --frame {args.frame} at least 16")
+    usable(args.device)
+    shapes = [(1, args.width * 2 ** i, args.frame // 2 ** i, args.frame // 2 ** i) for i in range(5)]
+    sizes = ["x".join(map(str, shape[1:])) for shape in shapes]
+    entries = {f"{name} {size}": (module.eval().to(args.device, memory_format=torch.channels_last), shape)
+               for shape, size in zip(shapes, sizes) for name, module in operators(shape[1]).items()}
+    local, hub = args.target == "local", {"device": args.hub_device, "runtime": args.hub_runtime}
+    found = {} if local else profile_hub(entries, **hub, jobs=args.jobs, force=args.force)
+    ms = settled(time_together(entries, args.device)) if local else {key: found[key]["ms"] for key in found}
+    where = machine(args.device) if local else hub
+    print(f"milliseconds on {where['device']}, {where['runtime']}, {time.strftime('%Y-%m-%d')}"
+          + (f", {torch.get_num_threads()} threads" if local else ""))
+    print(f"{'':<26}" + "".join(f"{size:>14}" for size in sizes))
+    for name in operators(2):
+        row = [ms[f"{name} {size}"] for size in sizes]
+        print(f"{name:<26}" + "".join(f"{'fails' if t is None else format(t, '.3f'):>14}" for t in row))
+    print("".join(f"{line}\n" for line in remarks({"modules": found})), end="")
+
+
 def main(argv=None):
     """Print operator latencies at the shapes of a NAFNet: of this machine, or of a device of AI Hub."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -619,33 +641,11 @@ def main(argv=None):
     parser.add_argument("--hub-runtime", choices=HUB_RUNTIMES, default=HUB_RUNTIMES[0])
     parser.add_argument("--jobs", default="profile_jobs.json", help="where AI Hub jobs are noted")
     parser.add_argument("--force", action="store_true", help="submit AI Hub jobs anew")
-    args = parser.parse_args(argv)
     try:
-        if args.width < 2 or args.width % 2 or args.frame < 16:
-            raise OSError(f"--width {args.width} must be even, --frame {args.frame} at least 16")
-        usable(args.device)
-    except OSError as error:
-        print(f"profile_device: {error}", file=sys.stderr)
-        return 2
-    shapes = [(1, args.width * 2 ** i, args.frame // 2 ** i, args.frame // 2 ** i) for i in range(5)]
-    sizes = ["x".join(map(str, shape[1:])) for shape in shapes]
-    entries = {f"{name} {size}": (module.eval().to(args.device, memory_format=torch.channels_last), shape)
-               for shape, size in zip(shapes, sizes) for name, module in operators(shape[1]).items()}
-    local, hub = args.target == "local", {"device": args.hub_device, "runtime": args.hub_runtime}
-    try:
-        found = {} if local else profile_hub(entries, **hub, jobs=args.jobs, force=args.force)
+        print_operators(parser.parse_args(argv))
     except (HubError, OSError) as error:
         print(f"profile_device: {error}", file=sys.stderr)
         return 2
-    ms = settled(time_together(entries, args.device)) if local else {key: found[key]["ms"] for key in found}
-    where = machine(args.device) if local else hub
-    print(f"milliseconds on {where['device']}, {where['runtime']}, {time.strftime('%Y-%m-%d')}"
-          + (f", {torch.get_num_threads()} threads" if local else ""))
-    print(f"{'':<26}" + "".join(f"{size:>14}" for size in sizes))
-    for name in operators(2):
-        row = [ms[f"{name} {size}"] for size in sizes]
-        print(f"{name:<26}" + "".join(f"{'fails' if t is None else format(t, '.3f'):>14}" for t in row))
-    print("".join(f"{line}\n" for line in remarks({"modules": found})), end="")
     return 0
 
 

@@ -586,6 +586,7 @@ def svg_labels(labels):
     """Texts beside marks [(x, y, text)], right of them, off the front, where there is room; none overlap."""
     parts, taken = [], []
     for x, y, text in labels:
+        # A line is up to 200 units long and 19 high, and two texts may face each other.
         side, height = 1 if x < RIGHT - 200 else -1, 19 * (1 + text.count("\n"))
         top = max(y - height - 8, TOP + 18)
         while any(abs(x - other) < 420 and low - height < top < high for other, low, high in taken):
