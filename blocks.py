@@ -667,11 +667,13 @@ def keep_averages(optimizer, power):
     Polynomial-decay averaging (Shamir & Zhang 2013), for whole powers by t (t + 1) .. (t + power - 1): no
     length to choose, as the window grows with the run.
     """
+    @torch.no_grad()
     def after(optimizer, args, kwargs):
+        share = (power + 1) / (power + next(iter(optimizer.state.values()))["step"])
         for p, state in optimizer.state.items():
             if "average" not in state:
-                state["average"] = p.detach().clone()
-            state["average"].lerp_(p.detach(), (power + 1) / (power + state["step"]))
+                state["average"] = p.clone()
+            state["average"].lerp_(p, share)
 
     optimizer.register_step_post_hook(after)
 

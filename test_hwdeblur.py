@@ -702,27 +702,47 @@ class Search(unittest.TestCase):
             self.assertAlmostEqual(given[2][n].loss_db, expected, places=6)
 
     def test_the_best_candidate_is_the_best_that_can_be_reached_uphill(self):
-        history = self.search(self.losses, self.penalty, 26)
-        with mock.patch.object(search, "mc_ehvi", wraps=search.mc_ehvi) as ehvi:
-            best = search.best_candidate(history, self.penalty, 0, (3.0, 1.05), "overlap")
-        draws = ehvi.call_args.args[2]
-        np.testing.assert_allclose([draws.mean(0), draws.std(0)], [[0, 0], [1, 1]], atol=0.1)
-        at, power = search.posterior(history, self.penalty, "overlap")
-        Y, seen = np.array([e[1:] for e in history]), {e.options for e in history}
-        self.assertNotIn(best.options, seen)
+        for n in (26, 27):                        # of these two, the first must try an option where none was
+            history = self.search(self.losses, self.penalty, n)
+            with mock.patch.object(search, "mc_ehvi", wraps=search.mc_ehvi) as ehvi:
+                best = search.best_candidate(history, self.penalty, 0, (3.0, 1.05), "overlap")
+            draws = ehvi.call_args.args[2]
+            np.testing.assert_allclose([draws.mean(0), draws.std(0)], [[0, 0], [1, 1]], atol=0.1)
+            at, power = search.posterior(history, self.penalty, "overlap")
+            Y, seen = np.array([e[1:] for e in history]), {e.options for e in history}
 
-        def gain(pool):
-            mean, std = at(pool)
-            return search.mc_ehvi(mean, search.WIDTH * std, draws, search.free_boxes(Y, (3.0, 1.05)), power)
+            def gain(pool):
+                mean, std = at(pool)
+                return search.mc_ehvi(mean, search.WIDTH * std, draws, search.free_boxes(Y, (3.0, 1.05)),
+                                      power)
 
-        options = search.available(self.penalty)
-        around = [o for o in search.neighbours([best.options], options) if o not in seen]
-        self.assertAlmostEqual(gain(around).max(), gain([best.options])[0], places=12)
-        self.assertAlmostEqual(best.loss_db, search.unwarp(at([best.options])[0][0, 0], power))
-        worst = min((o for o in itertools.product(*options) if o not in seen), key=lambda o: gain([o])[0])
-        with mock.patch.object(search, "candidates", lambda *args: [worst]):
-            reached = search.best_candidate(history, self.penalty, 0, (3.0, 1.05), "overlap")
-        self.assertGreater(np.not_equal(reached.options, worst).sum(), 1)      # more than one step away
+            options = search.available(self.penalty)
+            tried = [{e.options[i] for e in history} for i in range(4)]
+            rest = [o for o in itertools.product(*options) if o not in seen
+                    and (n == 27 or any(o[i] not in tried[i] for i in range(4)))]
+            self.assertLess(len(rest), 230)       # of 256
+            self.assertIn(best.options, rest)
+            around = list(set(search.neighbours([best.options], options)) & set(rest))
+            self.assertAlmostEqual(gain(around).max(), gain([best.options])[0], places=12)
+            self.assertAlmostEqual(best.loss_db, search.unwarp(at([best.options])[0][0, 0], power))
+            worst = min(rest, key=lambda o: gain([o])[0])
+            with mock.patch.object(search, "candidates", lambda *args: [worst]):
+                reached = search.best_candidate(history, self.penalty, 0, (3.0, 1.05), "overlap")
+            self.assertGreater(np.not_equal(reached.options, worst).sum(), 1)  # more than one step away
+
+    def test_new_options_are_tried_as_long_as_there_are_any_and_not_in_the_papers_form(self):
+        new = search.untried([search.Evaluation(o, 0.0, 0.0) for o in ((0, 1), (2, 0))])
+        self.assertEqual([o for o in np.ndindex(3, 3) if not new(o)], [(0, 0), (0, 1), (2, 0), (2, 1)])
+        losses, penalty = self.rng.random((3, 3, 3)), [np.array([1.0, 0.5, 0.2])] * 3
+        history = [search.evaluated((k,) * 3, losses[k, k, k], penalty) for k in range(3)]
+        history.append(search.evaluated((0, 1, 2), losses[0, 1, 2], penalty))
+        best = lambda kernel: search.best_candidate(history, penalty, 0, (3.0, 3.1), kernel)
+        plain = best("overlap")
+        with mock.patch.object(search, "untried", lambda history: lambda options: False):
+            self.assertEqual(best("overlap"), plain)
+        with mock.patch.object(search, "untried", lambda history: self.fail):
+            self.assertRaises(AssertionError, best, "overlap")
+            self.assertEqual(len(best("rbf").options), 3)
 
     def test_search_starts_with_the_ends_repeats_nothing_and_survives_a_cut(self):
         sizes, seen = [], []
@@ -790,7 +810,10 @@ class Search(unittest.TestCase):
         self.assertGreater(share, 0.95)
         self.assertGreater(share, np.mean([search.hypervolume(Y[rows], ref) for rows in drawn]) / best)
 
-    def test_the_design_goes_from_one_swap_to_all(self):
+    def test_the_design_goes_from_one_swap_to_all_among_the_cheapest_options(self):
+        penalty = [np.array([0.1, 0.5, np.inf, 0.9, 0.3])] * 6 + [np.array([np.inf, 2])]
+        rows = search.initial_design(penalty, 0)
+        self.assertEqual(set(np.array(rows)[:, :6].ravel()), {0, 1, 4})
         for sizes in ((7,) * 8, (8,) * 36, (1, 3, 2)):
             penalty = [np.linspace(1, 0.2, k) for k in sizes]
             rows = np.array(search.initial_design(penalty, 0))
@@ -3672,7 +3695,7 @@ class Whole(Case):
         found = artefact(out / "search.json")
         taken = [dict(zip(found["sites"], row["options"])) for row in found["evaluations"]]
         self.assertFalse(any(choice["enc0.0"] == 5 or choice["mid.0"] == 3 for choice in taken))
-        self.assertTrue(any(choice["enc0.0"] == 3 for choice in taken))
+        self.assertTrue(any(choice["mid.0"] == 5 for choice in taken))
         with mock.patch.object(hwdeblur, "trained", lambda job, net, *more: net):
             self.done("control", *PAPER, "--candidates", 1, out=out)
         for row in artefact(out / "control.json")["rows"]:
