@@ -669,6 +669,7 @@ def keep_averages(optimizer, power):
     """
     @torch.no_grad()
     def after(optimizer, args, kwargs):
+        # Once for all, as every parameter has taken as many steps; on the device, as fetching would wait.
         share = (power + 1) / (power + next(iter(optimizer.state.values()))["step"])
         for p, state in optimizer.state.items():
             if "average" not in state:

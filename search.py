@@ -376,15 +376,15 @@ def best_candidate(history, penalty, seed, ref, kernel):
     """The configuration of largest EHVI, with its posterior median for a score; None when all are scored.
 
     Uphill, a site at a time, from the best of a pool. Every other one must have an option that is `untried`
-    at its site, as long as there are any: EHVI looks one step ahead, so it sees what an option gives to one
-    configuration, not what to know it gives to all of the front. Where EHVI is nil, what the GP knows least
-    about. Tried with 36 sites of 8 options, swaps that add up, interact or are punished where stacked, share
-    of the best known volume after 100 / 200: a Sobol design and a pool alone .79 / .90, uphill .80 / .92,
-    designs from one swap to all .84 / .93, half the deviation .89 / .94 (.3 of it as much, 1.5 .79 / .90); on
-    harder ones all that .84 / .91, designs of the CHEAPEST options .86 / .91 (of three .85 / .92), untried
-    ones as well .86 / .93 (without such designs .81 / .90), one proposal in three .86 / .93. No gain from a
-    kernel that adds up over sites (rates fall until this one does), starts that show every option once, 10 or
-    40, deviations that grow with the search or change in turn.
+    at its site, as long as there are any: EHVI credits an option with what it gives to one configuration, not
+    with what knowing it is worth to the rest of the front. Where EHVI is nil, what the GP knows least about.
+    Tried with 36 sites of 8 options, swaps that add up, interact or are punished where stacked, share of the
+    best known volume after 100 / 200: a Sobol design and a pool alone .79 / .90, uphill .80 / .92, designs
+    from one swap to all .84 / .93, half the deviation .89 / .94 (.3 of it as much, 1.5 .79 / .90); on harder
+    ones all that .84 / .91, designs of the CHEAPEST options .86 / .91 (of three .85 / .92), untried ones as
+    well .86 / .93 (without such designs .81 / .90), one proposal in three .86 / .93. No gain from a kernel
+    that adds up over sites (rates fall until this one does), starts that show every option once, 10 or 40,
+    deviations that grow with the search or change in turn.
     """
     options, seen = available(penalty), {e.options for e in history}
     rng, Y = np.random.default_rng([seed, len(history)]), np.array([e[1:] for e in history])
