@@ -2429,6 +2429,36 @@ class Training(Case):
         self.assertTrue(same(dict(got.named_buffers()), dict(net.named_buffers())) and list(got.buffers()))
         self.assertFalse(same(got.state_dict(), net.state_dict()))
 
+    def test_two_losses_side_by_side_minimise_what_one_after_the_other_does(self):
+        """Three crops as two and one; on one thread together, as under DistributedDataParallel."""
+        batch, seen = (images(3, 3, 16, 16), images(3, 3, 16, 16, seed=9)), []
+        self.addCleanup(torch.set_num_threads, torch.get_num_threads())
+
+        def trained(threads, **more):
+            torch.set_num_threads(threads)
+            net, curve = small_net(), []
+            net.register_forward_pre_hook(
+                lambda _, x: seen.append((threading.get_ident(), len(x[0]), torch.get_num_threads())))
+            got = blocks.train(net, lambda step: batch, 3, 1e-3, cap_db=31.0, each=lambda step, losses, _:
+                               curve.append(losses["psnr"][:step].tolist()), **more)
+            self.assertEqual(torch.get_num_threads(), threads)
+            return [*got.parameters()], curve[-1]
+
+        one, wrapped = trained(1), trained(4, wrap=lambda net: net)
+        self.assertEqual({row[:2] for row in seen}, {(threading.get_ident(), 3)})
+        torch.testing.assert_close(wrapped, one, rtol=1e-3, atol=1e-5)
+        seen.clear()
+        two = [trained(4) for _ in range(3)]
+        self.assertEqual({row[1:] for row in seen}, {(2, 2), (1, 2)})
+        self.assertNotIn(threading.get_ident(), [row[0] for row in seen])
+        torch.testing.assert_close(two[0], one, rtol=1e-3, atol=1e-5)
+        for params, curve in two[1:]:
+            self.assertTrue(curve == two[0][1] and all(map(torch.equal, params, two[0][0])))
+        with self.assertRaisesRegex(ValueError, "broken"), \
+                mock.patch.object(blocks, "psnr_loss", side_effect=ValueError("broken")):
+            trained(4)
+        self.assertEqual([blocks.side_by_side(device) for device in ("cpu", "meta")], [2, 1])
+
     def test_a_share_of_a_batch_counts_by_its_weight(self):
         batch, norms = (images(1, 3, 8, 8), images(1, 3, 8, 8, seed=1)), []
         note = lambda parameters, most: norms.append(sum(p.grad.square().sum().item() for p in parameters))
