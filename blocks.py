@@ -11,7 +11,6 @@ import copy
 import functools
 import itertools
 import math
-import operator
 import statistics
 import time
 import zlib
@@ -688,9 +687,10 @@ def minimise(model, optimizer, names, losses_at, steps, rate, state=None, each=N
             if step < steps:
                 optimizer.param_groups[0]["lr"] = rate(step)
                 optimizer.zero_grad()
-                for name, found in itertools.groupby(run(differentiated, losses_at(step)), lambda f: f[0]):
-                    weights, values = zip(*(f[1:] for f in found))
-                    losses[name][step] = sum(map(operator.mul, weights, values)) / sum(weights)
+                found = run(differentiated, losses_at(step))
+                for name, parts in itertools.groupby(found, lambda part: part[0]):
+                    weights, values = zip(*(part[1:] for part in parts))
+                    losses[name][step] = sum(w * v for w, v in zip(weights, values)) / sum(weights)
                 if clip:
                     nn.utils.clip_grad_norm_(model.parameters(), clip)
                 optimizer.step()

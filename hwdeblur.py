@@ -1701,13 +1701,13 @@ def stage_evaluate(job, base, profile, finetune):
     if window:                                    # the report tells what the local window costs
         timed["global attention"] = copy.deepcopy(nets["base"])
         blocks.set_window(timed["global attention"], None)
-    measured, sums = measure_nets(job, profile, timed, choices)
+    measured, predicted = measure_nets(job, profile, timed, choices)
     scores = {name: score_nets(nets, pairs, job.device, name) for name, pairs in sets.items()}
     own = scores.pop("test")
     rows = {name: {**own[name], **sizes(net, config.frame), "latency_ms": measured[name],
-                   "predicted_ms": sums["drift"] * profile_device.network_ms(profile, choices[name]),
+                   "predicted_ms": predicted["drift"] * profile_device.network_ms(profile, choices[name]),
                    "float16": deployed[name][1]} for name, net in nets.items()}
-    return {"test_pairs": own["pairs"], "blurred": own["blurred"], **rows, "tests": scores, "sums": sums,
+    return {"test_pairs": own["pairs"], "blurred": own["blurred"], **rows, "tests": scores, "sums": predicted,
             "protocol": protocol(window), "window": window, "global_ms": measured.get("global attention")}
 
 
@@ -1841,8 +1841,8 @@ def swaps_of(choice):
 
 def control_nets(job, controls, base, distill, finetune):
     """{name: (net, [its validation dB before, after])}: equal ones trained once, diverged ones left out."""
-    config, picked, base_db = job.config, finetune["candidates"][finetune["picked"]], base["val"]["psnr_db"]
-    chosen = chosen_net(finetune, job.device), [picked["val_before_db"], picked["val_after_db"]]
+    config, best, base_db = job.config, finetune["candidates"][finetune["picked"]], base["val"]["psnr_db"]
+    chosen = chosen_net(finetune, job.device), [best["val_before_db"], best["val_after_db"]]
     net = base_net(base, job.device)
     assembled = assembler(job, net, distill)
     made = {"base": (net, [base_db, base_db]), "chosen": chosen}
@@ -1985,38 +1985,38 @@ def figures(m, unknown="not measured"):
     return {key: formatted(m[key], form, unknown) for key, form in forms.items() if key in m}
 
 
-def gain_table(evaluate):
+def gain_table(metrics):
     """The answer to 'what did I gain', as a Markdown table."""
     columns = dict(params="params", mb="MB", gmacs="GMACs", latency_ms="measured ms",
                    predicted_ms="predicted ms", psnr_db="PSNR dB", ssim="SSIM")
     return markdown(["", *columns.values()],
-                    [[name, *(figures(evaluate[name.split()[0]]).get(key, "") for key in columns)]
+                    [[name, *(figures(metrics[name.split()[0]]).get(key, "") for key in columns)]
                      for name in ("blurred input", "base", "chosen")])
 
 
-def gain_words(evaluate):
+def gain_words(metrics):
     """Speed and quality of the chosen net in one line."""
-    base, chosen, key, how = evaluate["base"], evaluate["chosen"], "latency_ms", "measured, interleaved"
+    base, chosen, key, how = metrics["base"], metrics["chosen"], "latency_ms", "measured, interleaved"
     if None in (base[key], chosen[key]):
         key, how = "predicted_ms", "predicted from the latency table, not measured"
-    elif evaluate["config"]["target"] != "local":
-        how = f"measured on {evaluate['sums']['measured_on']['device']}"
+    elif metrics["config"]["target"] != "local":
+        how = f"measured on {metrics['sums']['measured_on']['device']}"
     pace = base[key] / chosen[key] if chosen[key] else math.inf        # table 2 may have nothing left
-    blurred_db, base_db, chosen_db = (evaluate[name]["psnr_db"] for name in ("blurred", "base", "chosen"))
+    blurred_db, base_db, chosen_db = (metrics[name]["psnr_db"] for name in ("blurred", "base", "chosen"))
     return (f"The chosen net runs {pace:.2f}x as fast as the base ({how}) at {chosen_db - base_db:+.2f} dB; "
             f"the base has {base_db - blurred_db:+.2f} dB over the blurred input.")
 
 
-def pace_words(evaluate):
+def pace_words(metrics):
     """What the predicted figures are, and what they are to be compared with, in one line."""
-    ms, drift = evaluate["base"]["latency_ms"], evaluate["sums"]["drift"]
+    ms, drift = metrics["base"]["latency_ms"], metrics["sums"]["drift"]
     if ms is None:
         return "Predicted: sums of the latency table; no net was measured."
     words = ("Predicted: sums of profiled blocks, at the pace of this measurement (with the drift): times "
              f"{drift:.2f}, since the base net took {ms:.1f} ms in it and {ms / drift:.1f} ms when its "
              "blocks were profiled.")
-    if (whole := evaluate["global_ms"]) is not None:
-        words += (f" All is timed with the local window of {evaluate['window']} pixels that it is scored "
+    if (whole := metrics["global_ms"]) is not None:
+        words += (f" All is timed with the local window of {metrics['window']} pixels that it is scored "
                   f"with: with attention over the whole image the base net takes {whole:.1f} ms, so the "
                   f"window makes it {ms / whole:.2f} times as slow.")
     return words
@@ -2072,9 +2072,9 @@ def hub_table(found):
     return [markdown(["on AI Hub", "ms", "peak MB", "layers", "version", "job"], rows)] * bool(rows)
 
 
-def device_section(evaluate):
+def device_section(metrics):
     """What the phone did with whole nets and with pictures -> Markdown parts, none for other targets."""
-    found = evaluate["sums"].get("hub")
+    found = metrics["sums"].get("hub")
     if not found:
         return []
     ran = {name: found[name] for name in ("base", "chosen") if name in found}
@@ -2086,7 +2086,7 @@ def device_section(evaluate):
              if not p["agreement_db"] >= 40]      # NaN where it overflows
     lines += [f"- {name}: the device returned no pictures." for name, result in ran.items()
               if name not in pictures and result["ms"] is not None]
-    lines += [f"- {name}: {line}." for name in ("base", "chosen") for line in evaluate[name]["float16"]]
+    lines += [f"- {name}: {line}." for name in ("base", "chosen") for line in metrics[name]["float16"]]
     heads = ["validation pictures", "count", "PSNR there, dB", "PSNR here, dB", "there against here, dB"]
     return ["## On the device", *hub_table(found), *[markdown(heads, rows)] * bool(rows),
             *["\n".join(lines)] * bool(lines)]
@@ -2155,14 +2155,14 @@ def front_section(found, diverged, pick):
             "![front](pareto.svg)", wish_list(found), why]
 
 
-def nets_section(evaluate, finetune, found, profile, steps):
+def nets_section(metrics, finetune, found, profile, steps):
     """Table 3: base and every candidate before and after fine-tuning; base and chosen on test; published."""
-    candidates, drift, rows = finetune["candidates"], evaluate["sums"]["drift"], []
+    candidates, drift, rows = finetune["candidates"], metrics["sums"]["drift"], []
     measured = {0: "base", finetune["picked"] + 1: "chosen"}
     base = {**found["evaluations"][0], "val_before_db": found["base_val_db"]}
-    jobs = evaluate["sums"].get("hub", {})        # what was found on a phone
+    jobs = metrics["sums"].get("hub", {})         # what was found on a phone
     for n, net in enumerate([base, *candidates]):
-        known = figures(evaluate[measured[n]]) if n in measured else {}
+        known = figures(metrics[measured[n]]) if n in measured else {}
         peak_mb = jobs.get(measured.get(n), {}).get("peak_mb")
         name = f"candidate {n}" + " (chosen)" * (n in measured) if n else "base"
         rows.append([name, " ".join(map(str, net["options"])),
@@ -2204,21 +2204,21 @@ def site_section(saliency, profile, found, finetune):
             "the sites, mean over the measures of table 1; 1 is the most salient."]
 
 
-def sums_section(sums):
+def sums_section(found):
     """Predicted (the sum of the profiled blocks) against measured latency of whole nets -> Markdown parts."""
-    rows, drift, error = sums["rows"], sums["drift"], sums["mean_relative_error"]
+    rows, drift, error = found["rows"], found["drift"], found["mean_relative_error"]
     if not rows:
         return ["## Do the sums hold?", "No whole net was measured: the published table knows blocks only."]
     words = f"{len(rows)} nets, of which the base is right by construction and does not count: "
-    words += "" if sums["tau"] is None else f"Kendall's tau {sums['tau']:.2f}, "
+    words += "" if found["tau"] is None else f"Kendall's tau {found['tau']:.2f}, "
     words += ("the base net alone was measured." if error is None else
-              f"mean relative error {error:.1%}; without the drift, {sums['error_as_profiled']:.1%}.")
-    if sums["repeat_tau"] is not None:
-        words += f" Two halves of the measurement itself agree to a tau of {sums['repeat_tau']:.2f}."
+              f"mean relative error {error:.1%}; without the drift, {found['error_as_profiled']:.1%}.")
+    if found["repeat_tau"] is not None:
+        words += f" Two halves of the measurement itself agree to a tau of {found['repeat_tau']:.2f}."
     forms = "{:.1f} {:.1f} {:.1f} {:+.1%}".format
     cells = [[row["net"], *forms(ms / drift, ms, row["measured_ms"], ms / row["measured_ms"] - 1).split()]
              for row in rows for ms in [row["predicted_ms"]]]
-    return ["## Do the sums hold?", words, measured_on(sums["measured_on"]),
+    return ["## Do the sums hold?", words, measured_on(found["measured_on"]),
             markdown(["net", "as profiled, ms", "predicted ms: x drift", "measured ms", "error"], cells)]
 
 
@@ -2233,8 +2233,8 @@ def control_kind(row):
 
 def ahead_words(row):
     """How far ahead of the chosen net a control is, with its 95 % interval."""
-    spread = " [{:+.2f}, {:+.2f}]".format(*row["interval_db"]) if row["interval_db"] else ""
-    return f"{row['ahead_db']:+.2f} dB{spread}"
+    ends = " [{:+.2f}, {:+.2f}]".format(*row["interval_db"]) if row["interval_db"] else ""
+    return f"{row['ahead_db']:+.2f} dB{ends}"
 
 
 def control_words(control):
@@ -2326,18 +2326,18 @@ def adapted_text(config, tuned):
 
 def front_picture(found, finetune, drift):
     """The search as SVG text: loss over predicted latency, times drift; how the front grew, and its nets."""
-    rows, picked = found["evaluations"], finetune["candidates"][finetune["picked"]]
+    rows, best = found["evaluations"], finetune["candidates"][finetune["picked"]]
     at = lambda row: (drift * row["latency_ms"], row["loss_db"])
-    after_db = found["base_val_db"] - picked["val_after_db"]
+    after_db = found["base_val_db"] - best["val_after_db"]
     told = "{}\n{:.1f} ms, {:.2f} dB".format
     design, Mark = min(len(rows), search.INITIAL + 2), search.Mark
     return search.front_svg(
         [at(row) for row in rows], sorted({design, (design + len(rows)) // 2, len(rows)}),
         [Mark("ring", 13, search.INK, "candidates", [at(row) for row in finetune["candidates"]]),
          Mark("square", 6, search.INK, "base net", [at(rows[0])], told("base", *at(rows[0]))),
-         Mark("diamond", 9, search.ORANGE, "chosen, before fine-tuning", [at(picked)],
-              f"{told('chosen', *at(picked))}\nfine-tuned: {after_db:.2f} dB"),
-         Mark("hollow", 9, search.ORANGE, "chosen, after fine-tuning", [(at(picked)[0], after_db)])],
+         Mark("diamond", 9, search.ORANGE, "chosen, before fine-tuning", [at(best)],
+              f"{told('chosen', *at(best))}\nfine-tuned: {after_db:.2f} dB"),
+         Mark("hollow", 9, search.ORANGE, "chosen, after fine-tuning", [(at(best)[0], after_db)])],
         "predicted latency of the whole net, ms", "PSNR loss on validation, dB, against the base net's "
         f"{found['base_val_db']:.2f} dB (lower left is better)")
 
