@@ -646,8 +646,7 @@ def side_by_side(device):
 def mapping(count):
     """A `map` that works on `count` items at a time, each on its share of torch's CPU threads.
 
-    A small net's operators are too short to be split well: with two halves of four crops of 64 pixels side by
-    side on two threads, a step takes 46 ms, not 56, and one of distillation 168, not 212 (README's machine).
+    The operators of a small net are too short to be split well among threads; whole passes are not.
     """
     if count == 1:
         yield map
