@@ -2445,6 +2445,8 @@ class Training(Case):
             return [*got.parameters()], curve[-1]
 
         one, wrapped = trained(1), trained(4, wrap=lambda net: net)
+        loss = blocks.psnr_loss(small_net()(batch[0]), batch[1], 31.0)
+        self.assertAlmostEqual(one[1][0], loss.item(), places=4)
         self.assertEqual({row[:2] for row in seen}, {(threading.get_ident(), 3)})
         torch.testing.assert_close(wrapped, one, rtol=1e-3, atol=1e-5)
         seen.clear()
@@ -2460,12 +2462,14 @@ class Training(Case):
         self.assertEqual([blocks.side_by_side(device) for device in ("cpu", "meta")], [2, 1])
 
     def test_a_share_of_a_batch_counts_by_its_weight(self):
-        batch, norms = (images(1, 3, 8, 8), images(1, 3, 8, 8, seed=1)), []
+        batch, norms, told = (images(1, 3, 8, 8), images(1, 3, 8, 8, seed=1)), [], []
         note = lambda parameters, most: norms.append(sum(p.grad.square().sum().item() for p in parameters))
         with mock.patch.object(nn.utils, "clip_grad_norm_", note):
             for weight in ((), (0.5,)):
-                blocks.train(small_net(), lambda step: (*batch, *weight), 1, 1e-3, clip=1.0)
+                blocks.train(small_net(), lambda step: (*batch, *weight), 1, 1e-3, clip=1.0,
+                             each=lambda step, losses, _: told.append(losses["psnr"].tolist()))
         self.assertAlmostEqual(norms[1] / norms[0], 0.25, places=4)
+        self.assertAlmostEqual(told[1][0], told[3][0], places=5)   # the loss that is told is of the share
 
     def test_gradients_are_clipped_by_the_norm_of_all_and_the_loss_is_capped(self):
         """Two steps, as AdamW forgets the length of a gradient, but not how the second compares with it."""
