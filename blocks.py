@@ -637,6 +637,11 @@ def resume_loop(model, optimizer, losses, state):
     return state["step"]
 
 
+def autocast(device, amp):
+    """bfloat16 autocast if `amp`, without its cache of cast weights: all threads would share that."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False)
+
+
 def side_by_side(device):
     """How many losses `minimise` works on at a time: on a CPU of several threads two, elsewhere one."""
     return 2 if torch.device(device).type == "cpu" and torch.get_num_threads() > 1 else 1
@@ -664,11 +669,12 @@ def minimise(model, optimizer, names, losses_at, steps, rate, state=None, each=N
     """The one loop of training: minimise the sum of what losses_at(step) yields -> {name: (steps,) losses}.
 
     losses_at yields (name of `names`, weight, function () -> scalar); of one name, the weighted mean is kept.
-    `count` (1 or 2) are computed and differentiated at a time (`mapping`), so that each graph is freed before
-    the next; two may share parameters, since the sum of two gradients knows no order. rate(step): learning
-    rate. state: a `loop_state` to go on from, bit for bit. each(step, losses, make): called before every step
-    and after the last; make() is the state so far: copy or save it at once. clip: the most that the norm of
-    the whole gradient may be, if not 0. Losses stay on the device, since fetching one waits for it.
+    `count` (1 or 2) are computed and differentiated at a time (`mapping`), so no more than `count` graphs are
+    held; two may share parameters: torch locks each gradient while it adds to it, and a sum of two knows no
+    order. rate(step): learning rate. state: a `loop_state` to go on from, bit for bit. each(step, losses,
+    make): called before every step and after the last; make() is the state so far: copy or save it at once.
+    clip: the most that the norm of the whole gradient may be, if not 0. Losses stay on the device, since
+    fetching one waits for it.
     """
     def differentiated(part):
         name, weight, loss_of = part
@@ -683,16 +689,17 @@ def minimise(model, optimizer, names, losses_at, steps, rate, state=None, each=N
         for step in range(begun, steps + 1):
             if each:
                 each(step, losses, lambda: loop_state(model, optimizer, losses, step))
-            if step < steps:
-                optimizer.param_groups[0]["lr"] = rate(step)
-                optimizer.zero_grad()
-                found = run(differentiated, losses_at(step))
-                for name, parts in itertools.groupby(found, lambda part: part[0]):
-                    weights, values = zip(*(part[1:] for part in parts))
-                    losses[name][step] = sum(w * v for w, v in zip(weights, values)) / sum(weights)
-                if clip:
-                    nn.utils.clip_grad_norm_(model.parameters(), clip)
-                optimizer.step()
+            if step == steps:
+                break
+            optimizer.param_groups[0]["lr"] = rate(step)
+            optimizer.zero_grad()
+            found = run(differentiated, losses_at(step))
+            for name, parts in itertools.groupby(found, lambda part: part[0]):
+                _, weights, values = zip(*parts)
+                losses[name][step] = sum(w * v for w, v in zip(weights, values)) / sum(weights)
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
     return losses
 
 
@@ -729,11 +736,10 @@ def train(net, batch_at, steps, lr, amp=False, state=None, each=None, wrap=None,
     net = copy.deepcopy(net).eval().requires_grad_(True)
     model = wrap(net) if wrap else net
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.9), weight_decay=1e-3, fused=True)
-
     count = 1 if wrap else side_by_side(net.intro.weight.device)
 
     def loss_of(blur, sharp):
-        with torch.autocast(blur.device.type, torch.bfloat16, enabled=amp):
+        with autocast(blur.device, amp):
             output = model(blur)
         return psnr_loss(output.to(sharp.dtype), sharp, cap_db)
 
@@ -778,16 +784,17 @@ def distill(net, sites, batch_at, steps, lr, seed, only=None, amp=False, state=N
     def losses_at(step):
         batch = batch_at(step)
         blur = batch if torch.is_tensor(batch) else batch[0]
-        with torch.autocast(blur.device.type, torch.bfloat16, enabled=amp):
+        with autocast(blur.device, amp):
             features = block_io(net, blur, {site for site, _ in pairs})
 
         def loss_of(name):
             x, y = (feature.to(net.intro.weight.dtype) for feature in features[names[name][0]])
-            with torch.autocast(blur.device.type, torch.bfloat16, enabled=amp):
+            with autocast(blur.device, amp):
                 output = students[name](x)
             return F.mse_loss(output.to(y.dtype), y) / F.mse_loss(y, x).clamp_min(1e-12)          # y may be x
 
-        return [(name, 1.0, functools.partial(loss_of, name)) for name in names]
+        for name in names:
+            yield name, 1.0, functools.partial(loss_of, name)
 
     rate = lambda step: cosine(step, steps, lr, 0.0)
     count = side_by_side(net.intro.weight.device)
