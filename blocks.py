@@ -2,7 +2,7 @@
 
 Letters in every docstring: B batch, C channels, H W pixels, S sites, K options per site.
 A *site* is a block that may be replaced ("dec0.0"), an *option* its number in BLOCKS (0 = the
-original), a *surrogate* a trained alternative for one site, a *choice* a dict {site: option}.
+original), or NO_BLOCK, a *surrogate* a trained alternative for one site, a *choice* a dict {site: option}.
 Images are float32 RGB in [0, 1]; nets and images stay in channels_last.
 """
 import argparse
@@ -431,14 +431,6 @@ def block_at(net, site):
     return blocks[site]
 
 
-def site_shapes(net, frame):
-    """{site: (1, C, H, W)}: what each block sees when the net's input is `frame` = (H, W) pixels."""
-    deepest, width = 2 ** len(net.encoders), net.intro.out_channels
-    padded = [side + -side % deepest for side in frame]
-    return {f"{name}.{i}": (1, width * stride, *(side // stride for side in padded))
-            for name, stage, stride in _stages(net) for i in range(len(stage))}
-
-
 def block_io(net, x, sites):
     """{site: (input, output)} of the blocks at `sites` in one forward pass of x (B, 3, H, W).
 
@@ -595,11 +587,11 @@ def new_surrogate(net, site, option, seed):
 
     Weights depend on (seed, site, option) alone; the global random state is left as it was.
     """
-    channels = site_shapes(net, (1, 1))[site][1]
-    like = net.intro.weight
+    replaced, like = block_at(net, site), net.intro.weight
+    channels = next(len(like) * stride for name, _, stride in _stages(net) if site.startswith(f"{name}."))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(zlib.crc32(f"{seed} {site} {option}".encode()))
-        block = keep_window((*BLOCKS, NoBlock)[option](channels), block_at(net, site))
+        block = keep_window((*BLOCKS, NoBlock)[option](channels), replaced)
     return block.to(device=like.device, dtype=like.dtype, memory_format=torch.channels_last)
 
 
@@ -797,7 +789,7 @@ def distill(net, sites, batch_at, steps, lr, seed, only=None, amp=False, state=N
             yield name, 1.0, functools.partial(loss_of, name)
 
     rate = lambda step: cosine(step, steps, lr, 0.0)
-    count = side_by_side(net.intro.weight.device)
+    count = min(len(names), side_by_side(net.intro.weight.device))
     losses = minimise(students, optimizer, names, losses_at, steps, rate, state, each, count=count)
     surrogates, curves = {}, {}
     for name, (site, k) in names.items():
@@ -820,7 +812,7 @@ def assemble(net, surrogates, choice):
     for site, option in choice.items():
         if option:
             stage, i = slots[site]
-            stage[i] = (NoBlock() if option == len(BLOCKS) else
+            stage[i] = (NoBlock() if option == NO_BLOCK else
                         keep_window(share(surrogates[site][option]), stage[i]))
     return new
 

@@ -65,7 +65,8 @@ def keep_memory():
 
 def time_together(entries, device="cpu", rounds=20, warmup=3, calls=4):
     """{name: (module, shape)} -> {name: [ms, one per round]}; every round visits each module."""
-    # The best call of a visit but the first, whose caches are cold, counts; 1 does for nets, which fill them.
+    # A visit's fastest call counts, without its first, which finds cold caches. A net fills them by itself,
+    # so that one call will do.
     keep_memory()
     generator = torch.Generator().manual_seed(0)
     inputs = {name: torch.rand(shape, generator=generator).to(device).contiguous(

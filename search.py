@@ -244,8 +244,8 @@ def mc_ehvi(mean, std, draws, boxes, power=0.0):
     costs = mean[:, 1:] + std[:, 1:] * (draws[:1, 1] if known else draws[:, 1])         # (q, 1 or s)
 
     def sides(y, axis):                                                # of the boxes beyond y, (q, ., b)
-        sides = np.maximum(boxes[:, 0, axis], y[:, :, None])
-        return np.maximum(np.subtract(boxes[:, 1, axis], sides, out=sides), 0, out=sides)
+        found = np.maximum(boxes[:, 0, axis], y[:, :, None])
+        return np.maximum(np.subtract(boxes[:, 1, axis], found, out=found), 0, out=found)
 
     return (sides(losses, 0) * sides(costs, 1)).sum(-1).mean(-1)
 
