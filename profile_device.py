@@ -122,7 +122,7 @@ def machine(device):
             **({} if on_gpu else {"threads": torch.get_num_threads()}), "date": time.strftime("%Y-%m-%d")}
 
 
-def alone(call, *args, **kwargs):
+def afresh(call, *args, **kwargs):
     """call(*args, **kwargs), pickled, in a fresh Python process with as many threads; if it fails, here."""
     # Which caches a tensor meets depends on what its process did before: after training, some blocks took up
     # to 1.3 times as long. Not a process of `multiprocessing`: that would run the caller's script once more.

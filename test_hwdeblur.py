@@ -1098,16 +1098,16 @@ class Profile(unittest.TestCase):
         threads, state, x = torch.get_num_threads(), torch.get_rng_state(), images(1, 3, 8, 8)
         self.addCleanup(torch.set_num_threads, threads)
         torch.set_num_threads(threads + 1)
-        process, count, y = profile_device.alone(
+        process, count, y = profile_device.afresh(
             eval, "__import__('os').getpid(), __import__('torch').get_num_threads(), net(x)",
             {"net": self.deployed({}), "x": x})
         self.assertNotEqual(process, os.getpid())
         self.assertEqual(count, threads + 1)
         self.assertTrue(torch.equal(y, self.net(x)) and torch.equal(torch.get_rng_state(), state))
         with contextlib.redirect_stderr(io.StringIO()) as said:
-            self.assertEqual(profile_device.alone(lambda: os.getpid()), os.getpid())       # cannot be pickled
+            self.assertEqual(profile_device.afresh(lambda: os.getpid()), os.getpid())      # cannot be pickled
             with self.assertRaisesRegex(ValueError, "invalid literal"):
-                profile_device.alone(int, "three")
+                profile_device.afresh(int, "three")
         self.assertRegex(said.getvalue(), "(?s)pickle.*timed in this one.*invalid literal.*timed in this")
 
     def test_local_times_are_taken_in_another_process(self):
@@ -1120,10 +1120,10 @@ class Profile(unittest.TestCase):
         names, rng = ["base", *range(8)], np.random.default_rng(0)
         batches = [np.arange(1.0, 10)[:, None] * rng.uniform(1, 1.6, (9, 15)) for _ in range(2)]
         times = [dict(zip(names, batch.tolist())) for batch in batches]
-        with mock.patch.object(profile_device, "alone", side_effect=times) as alone:
+        with mock.patch.object(profile_device, "afresh", side_effect=times) as afresh:
             measured, repeat_tau = hwdeblur.time_nets(names)
         asked = mock.call(profile_device.time_together, names, "cpu", 15, warmup=1, calls=1)
-        self.assertEqual(alone.mock_calls, [asked] * 2)
+        self.assertEqual(afresh.mock_calls, [asked] * 2)
         halves = [profile_device.settled(dict(enumerate(batch[1:].tolist()))) for batch in batches]
         self.assertAlmostEqual(repeat_tau, kendalltau(*(list(half.values()) for half in halves)).statistic)
         self.assertEqual(measured, profile_device.settled(dict(zip(names, np.hstack(batches).tolist()))))
@@ -1915,19 +1915,20 @@ class Data(Case):
                            (once, "test=x"), (str(none), f"a={none}"), (str(lost), f"a={lost}")):
             self.refuses(why, hwdeblur.named_pairs, hwdeblur.Config(test=tuple(test)))
 
-    def test_few_photographs_are_joined_by_made_pairs_half_and_half(self):
+    def test_made_pairs_take_the_place_of_missing_photographs_in_half_of_all_crops_at_least(self):
+        """Three photographs; then how many times each of them and of the made pairs is there."""
         self.folder([f"{i}.png" for i in range(4)], "train")
         config = hwdeblur.Config(data=str(self.root), crop=20, made_train=9, made_size=16)
-        mixed, again = (quiet(hwdeblur.training_pairs, config) for _ in range(2))
         own, read = hwdeblur.split_pairs(config, "train"), set()
+        for few, made_train, times in ((4, 9, (3, 1)), (12, 9, (1, 1)), (21, 9, (1, 2)), (4, 1, (1, 3))):
+            config = dataclasses.replace(config, few=few, made_train=made_train)
+            mixed, again = (quiet(hwdeblur.training_pairs, config) for _ in range(2))
+            self.assertEqual(*map(hwdeblur.digest, (mixed, again)))
+            self.assertEqual([mixed.count(pair) for pair in own], [times[0]] * 3)
+            made = [pair[0].shape for pair in mixed if torch.is_tensor(pair[0])]
+            self.assertEqual(made, [(3, 20, 20)] * made_train * times[1])              # as large as a crop
         quiet(hwdeblur.training_pairs, Watched(config, read))
         self.assertLessEqual(read - {"from_"}, set(hwdeblur.relevant(config, "base")))
-        self.assertEqual([mixed.count(pair) for pair in own], [3] * 3)
-        made = [pair[0].shape for pair in mixed if torch.is_tensor(pair[0])]
-        self.assertEqual(made, [(3, 20, 20)] * 9)                      # as large as a crop
-        fewer = quiet(hwdeblur.training_pairs, dataclasses.replace(config, made_train=1))
-        self.assertEqual([torch.is_tensor(pair[0]) for pair in fewer].count(True), 3)
-        self.assertEqual(*map(hwdeblur.digest, (mixed, again)))
         for other in ({"few": 3}, {"few": 0}, {"from_": "x"}):
             self.assertEqual(hwdeblur.training_pairs(dataclasses.replace(config, **other)), own)
 
@@ -2847,7 +2848,7 @@ class OneNet(Case):
             seen.append(entries)
             return {key: [1.0, 1.0] for key in entries}
 
-        with mock.patch.object(profile_device, "alone", lambda call, *args, **more: call(*args, **more)), \
+        with mock.patch.object(profile_device, "afresh", lambda call, *args, **more: call(*args, **more)), \
                 mock.patch.object(profile_device, "time_in_place", timed):
             quiet(hwdeblur.stage_profile, self.job(frame=(32, 32)), base,
                   {"sites": ["enc0.0", "enc1.1", "mid.0"]})
