@@ -1920,9 +1920,12 @@ class Data(Case):
         self.folder([f"{i}.png" for i in range(4)], "train")
         config = hwdeblur.Config(data=str(self.root), crop=20, made_train=9, made_size=16)
         own, read = hwdeblur.split_pairs(config, "train"), set()
-        for few, made_train, times in ((4, 9, (3, 1)), (12, 9, (1, 1)), (21, 9, (1, 2)), (4, 1, (1, 3))):
+        for few, made_train, times, share in ((4, 9, (3, 1), 50), (12, 9, (1, 1), 75), (21, 9, (1, 2), 86),
+                                              (4, 1, (1, 3), 50)):
             config = dataclasses.replace(config, few=few, made_train=made_train)
-            mixed, again = (quiet(hwdeblur.training_pairs, config) for _ in range(2))
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                mixed, again = (hwdeblur.training_pairs(config) for _ in range(2))
+            self.assertIn(f" {share}% of all crops", said.getvalue())
             self.assertEqual(*map(hwdeblur.digest, (mixed, again)))
             self.assertEqual([mixed.count(pair) for pair in own], [times[0]] * 3)
             made = [pair[0].shape for pair in mixed if torch.is_tensor(pair[0])]
