@@ -812,7 +812,7 @@ def assemble(net, surrogates, choice):
     for site, option in choice.items():
         if option:
             stage, i = slots[site]
-            stage[i] = (NoBlock() if option == NO_BLOCK else
+            stage[i] = (NoBlock() if option == len(BLOCKS) else
                         keep_window(share(surrogates[site][option]), stage[i]))
     return new
 

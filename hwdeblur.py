@@ -218,7 +218,7 @@ def flag(name):
 
 def shown(value):
     """A value as it is given on the command line."""
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value) or "''"
+    return (" ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)) or "''"
 
 
 def test_sets(config):
@@ -967,12 +967,22 @@ def split_pairs(config, split):
     return val if split == "val" else [train[i] for i in order]
 
 
-def validation_words(config):
-    """How validation was carved, for the report."""
+def few_words(config, count):
+    """That `count` own training pairs are few, and what share of all crops made ones take; "" if not few."""
+    if not config.data or config.from_ or count >= config.few:
+        return ""
+    missing = max(config.few - count, count)
+    return (f"{count} training pairs are few (--few): {config.made_train} made ones take "
+            f"{missing / (missing + count):.0%} of all crops.")
+
+
+def splits_words(config):
+    """How validation was carved, and what joined few training pairs, for the report."""
     if not config.data:
         return ("Train, validation and test are made pairs of different random streams; those that are "
                 "scored are all blurred, by 5 to 12 pixels.")
-    return carved(list_pairs(config.data, "train"), config.val_pairs, config.seed)[2]
+    train, _, words = carved(list_pairs(config.data, "train"), config.val_pairs, config.seed)
+    return f"{words} {few_words(config, len(train))}".rstrip()
 
 
 def training_pairs(config, split="train"):
@@ -984,12 +994,11 @@ def training_pairs(config, split="train"):
     in the worst, so .79 and .12.
     """
     own = split_pairs(config, split)
-    if not config.data or config.from_ or len(own) >= config.few:
+    if not (words := few_words(config, len(own))):
         return own
+    say(words)
     made = made_pairs(config.seed, "train", config.made_train, max(config.made_size, config.crop))
     missing = max(config.few - len(own), len(own))
-    say(f"{len(own)} training pairs are few (--few): {len(made)} made ones take "
-        f"{missing / (missing + len(own)):.0%} of all crops")
     mixed = own * max(1, round(len(made) / missing)) + made * max(1, round(missing / len(made)))
     return [mixed[i] for i in np.random.default_rng([config.seed, 5]).permutation(len(mixed))]
 
@@ -1188,16 +1197,18 @@ def choice_of(sites, options):
 
 def without(gone):
     """The choice that leaves out these blocks."""
-    return dict.fromkeys(gone, blocks.NO_BLOCK)
+    return dict.fromkeys(gone, len(blocks.BLOCKS))
 
 
 def chosen_net(finetune, device="cpu"):
-    """The net of artefact `finetune`; its options must still be what they were."""
-    names, choice = option_names(no_block=True), finetune["choice"]
-    for k in set(choice.values()):
-        if [finetune["options"][k]] != names[k:k + 1]:
-            raise InputError(f"finetuned.pt has {finetune['options'][k]} as option {k}, no such block here: "
-                             "use the program that made it, or make it anew")
+    """The net of artefact `finetune`; its options are known by their names."""
+    names, choice = option_names(no_block=True), {}
+    for site, k in finetune["choice"].items():
+        name = finetune["options"][k]
+        if name not in names:
+            raise InputError(f"finetuned.pt has {name} at {site}, no such block here: use the program that "
+                             "made it, or make it anew")
+        choice[site] = names.index(name)
     net = new_net(**finetune["arch"], seed=0)
     surrogates = {site: {k: blocks.new_surrogate(net, site, k, 0)} for site, k in choice.items() if k}
     return filled(blocks.assemble(net, surrogates, choice), finetune["params"], "finetuned.pt").to(device)
@@ -2011,7 +2022,8 @@ def gain_words(metrics):
     pace = base[key] / chosen[key] if chosen[key] else math.inf        # table 2 may have nothing left
     blurred_db, base_db, chosen_db = (metrics[name]["psnr_db"] for name in ("blurred", "base", "chosen"))
     return (f"The chosen net runs {pace:.2f}x as fast as the base ({how}) at {chosen_db - base_db:+.2f} dB; "
-            f"the base has {base_db - blurred_db:+.2f} dB over the blurred input.")
+            f"against the blurred input the base has {base_db - blurred_db:+.2f} dB, the chosen net "
+            f"{chosen_db - blurred_db:+.2f}.")
 
 
 def pace_words(metrics):
@@ -2022,6 +2034,10 @@ def pace_words(metrics):
     words = ("Predicted: sums of profiled blocks, at the pace of this measurement (with the drift): times "
              f"{drift:.2f}, since the base net took {ms:.1f} ms in it and {ms / drift:.1f} ms when its "
              "blocks were profiled.")
+    predicted, taken = (metrics["chosen"][key] for key in ("predicted_ms", "latency_ms"))
+    if taken is not None and max(predicted, taken) > 1.2 * min(predicted, taken):
+        words += (f" The chosen net took {taken:.1f} ms, not {predicted:.1f}: if something disturbed the "
+                  "measurement, --stage evaluate --force repeats it.")
     if (whole := metrics["global_ms"]) is not None:
         words += (f" All is timed with the local window of {metrics['window']} pixels that it is scored "
                   f"with: with attention over the whole image the base net takes {whole:.1f} ms, so the "
@@ -2313,7 +2329,7 @@ def made_section(config, art):
     base = (f"are those of {config.weights}, which may have been trained on any of these pairs"
             if config.weights else f"were trained in {config.base_steps} steps"
             + " and averaged over them" * bool(config.average))
-    return ["## How this was made", validation_words(config),
+    return ["## How this was made", splits_words(config),
             f"The base net's weights {base}. Seed {config.seed}; {'; '.join(versions)}."]
 
 
@@ -2327,7 +2343,7 @@ def adapted_text(config, tuned):
         markdown(["PSNR dB/SSIM", "pairs", "blurred input", "before", "after"], rows),
         f"{config.finetune_steps} steps of fine-tuning from {config.finetune_lr}"
         + ", weights averaged" * bool(config.average) + ", no new search. "
-        + tuned["protocol"], validation_words(config),
+        + tuned["protocol"], splits_words(config),
         *test_tables(tests, dict.fromkeys(("before", "after"), tuned), config.frame)]) + "\n"
 
 
@@ -2404,7 +2420,10 @@ def samples_picture(pairs, base, chosen, device, side=224):
 
 
 def stage_report(job, base, saliency, profile, distill, search, finetune, evaluate, *, control):
-    """Section III: report.md with all tables, pareto.svg, samples.png -> {file name: bytes}."""
+    """Section III: report.md with all tables, pareto.svg and samples.png.
+
+    Returns {file name: bytes}; control: that artefact, or None.
+    """
     config, stream = job.config, io.BytesIO()
     nets = [blocks.deploy(net) for net in (base_net(base, job.device), chosen_net(finetune, job.device))]
     samples = sample_pairs({"test": job.pairs("test"), **named_pairs(config)})
@@ -2470,10 +2489,12 @@ def tiling_db(net, image, restored, device="cpu", side=768, margin=64):
 def deblur_file(net, source, target, device):
     """Read a photograph, restore it, write it whole or not at all; PNG keeps an alpha channel."""
     suffix = target.suffix.lower()
-    if suffix not in IMAGES:
-        raise InputError(f"--output {target}: unknown kind of image; end it in .png or .jpg")
     if target.is_dir():
         raise InputError(f"--output {target} is a folder: give a file in it")
+    if suffix not in IMAGES:
+        raise InputError(f"--output {target}: unknown kind of image; end it in .png or .jpg")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise InputError(f"--output {target} is --input itself, which would be lost: give another name")
     writable(target.parent)
 
     def extras(image):
@@ -2484,8 +2505,8 @@ def deblur_file(net, source, target, device):
     rgb, (profile, alpha), stream = load_image(source), photo(source, extras), io.BytesIO()
     restored = deblur(net, rgb, device)
     if max(rgb.shape) > TILE:
-        say("deblur: done in tiles; against one pass over the middle of the picture they have "
-            f"{tiling_db(net, rgb, restored, device):.1f} dB (PSNR)")
+        say("deblur: done in tiles; in the middle of the picture they have "
+            f"{tiling_db(net, rgb, restored, device):.1f} dB (PSNR) against a single pass")
     del rgb                                       # of a large photograph, each copy counts
     image = Image.fromarray(restored.permute(1, 2, 0).numpy())
     del restored
@@ -2647,6 +2668,15 @@ def same_machine(path, table, config, device):
                              f"give {remedy}, or --stage all --force to measure anew")
 
 
+def refuse_other_flags(config, out, force):
+    """InputError where any artefact was made with other flags than these: before a first one is replaced."""
+    for name, stage in STAGES.items():
+        path = out / stage.file
+        if name != "report" and path.exists() and not (force and name in TIMED):
+            with contextlib.suppress(Stale):
+                loaded(path, {"stage": name, "config": relevant(config, name)})
+
+
 def discard(path):
     """Remove what the stage of artefact `path` kept while it was unfinished."""
     for part in path.parent.glob(f"{path.stem}*.part"):
@@ -2779,6 +2809,8 @@ def run(config, stage, out, device="cpu", force=False):
             first(lambda: asked_hub(config, out, force))
         agreed(lambda: (config.data and [pairs(split) for split in ("train", "test")], named_pairs(config)))
     with held(out):
+        if stage == "all":
+            first(lambda: refuse_other_flags(config, out, force))
         for name in STAGES if stage == "all" else [stage]:
             begun, (function, file, shared) = time.monotonic(), stage_of(config, name)
             anew = force and name in TIMED and stage in ("all", name)
@@ -2881,7 +2913,7 @@ def obey(args, config, out, device):
 
 
 def main(argv=None):
-    """Exit status 0, or 2 after one line on stderr that names the thing and the remedy."""
+    """Exit status 0, or 2 after one line on stderr that names the thing and the remedy; 130 after Ctrl-C."""
     profile_device.keep_memory()                  # a fifth faster in training on CPU as well
     try:
         args = parser().parse_args(argv)
@@ -2908,6 +2940,9 @@ def main(argv=None):
         else:
             time.sleep(2)                         # torchrun ends all ranks with the first; rank 0 tells why
         return 2
+    except KeyboardInterrupt:
+        say("hwdeblur: interrupted; the same command goes on from here")
+        return 130                                        # as shells have it
     except (MemoryError, RuntimeError) as error:          # torch's own is a RuntimeError; any rank tells it
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise

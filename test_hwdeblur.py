@@ -1861,7 +1861,7 @@ class Data(Case):
             for seed in range(40):                # the largest stays in train
                 train, _, _ = hwdeblur.carved(pairs, 2, seed)
                 self.assertIn("s12", {sharp.parent.parent.name for sharp, _ in train})
-            self.assertRegex(hwdeblur.validation_words(config), "^Validation: .* of 1 of 12 scenes, none")
+            self.assertRegex(hwdeblur.splits_words(config), "^Validation: .* of 1 of 12 scenes, none")
         linked = self.root / "linked"             # links into one pool are of their folders' scenes
         for path in (linked / name for line in lines for name in line.split()):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -1869,7 +1869,7 @@ class Data(Case):
         self.assertEqual(len(hwdeblur.scenes_of(hwdeblur.list_pairs(linked, "train"))), 12)
         config = hwdeblur.Config(data=str(flat), crop=16)
         self.assertEqual([*map(len, sides(config, lambda sharp: sharp.name))], [30, 4, 15, 2])
-        self.assertRegex(hwdeblur.validation_words(config), "carved by image")
+        self.assertRegex(hwdeblur.splits_words(config), "carved by image")
         (flat / "train.txt").write_text("train/sharp/0.png train/sharp/1.png\n")
         self.refuses("show one scene; at least 2", hwdeblur.split_pairs, config, "train")
 
@@ -1925,7 +1925,8 @@ class Data(Case):
             config = dataclasses.replace(config, few=few, made_train=made_train)
             with contextlib.redirect_stderr(io.StringIO()) as said:
                 mixed, again = (hwdeblur.training_pairs(config) for _ in range(2))
-            self.assertIn(f" {share}% of all crops", said.getvalue())
+            self.assertIn(told := f"made ones take {share}% of all crops.", said.getvalue())
+            self.assertIn(told, hwdeblur.splits_words(config))
             self.assertEqual(*map(hwdeblur.digest, (mixed, again)))
             self.assertEqual([mixed.count(pair) for pair in own], [times[0]] * 3)
             made = [pair[0].shape for pair in mixed if torch.is_tensor(pair[0])]
@@ -2208,8 +2209,9 @@ class Report(unittest.TestCase):
         found = {"blurred": {"psnr_db": 20.0, "ssim": 0.4}, "config": {"target": "local"},
                  "base": {**rest, "latency_ms": 100.0, "predicted_ms": 90.0, "psnr_db": 30.0},
                  "chosen": {**rest, "latency_ms": 50.0, "predicted_ms": 60.0, "psnr_db": 29.5}}
-        self.assertRegex(hwdeblur.gain_words(found), r"2.00x as fast as the base \(measured, interleaved\) "
-                                                     r"at -0.50 dB; the base has \+10.00 dB over")
+        self.assertTrue(hwdeblur.gain_words(found).endswith(
+            "2.00x as fast as the base (measured, interleaved) at -0.50 dB; against the blurred input the "
+            "base has +10.00 dB, the chosen net +9.50."))
         head, _, _, *rows = cells(hwdeblur.gain_table(found))
         told = [[row[head.index(key)] for key in ("measured ms", "predicted ms", "PSNR dB")] for row in rows]
         self.assertEqual(told, [["100.0", "90.0", "30.00"], ["50.0", "60.0", "29.50"]])
@@ -2959,6 +2961,9 @@ class OneNet(Case):
         self.assertIn("times 2.00, since the base net took 20.0 ms in it and 10.0 ms when",
                       hwdeblur.pace_words(found))
         self.assertEqual([found[name]["predicted_ms"] for name in ("base", "chosen")], [20.0, 20.0])
+        for ms, told in ((8.0, True), (16.6, True), (16.7, False), (23.9, False), (24.1, True), (None, False)):
+            found["chosen"]["latency_ms"] = ms    # 20.0 predicted
+            self.assertEqual("if something disturbed" in hwdeblur.pace_words(found), told)
 
 
 class Deblur(Case):
@@ -3255,6 +3260,14 @@ class Whole(Case):
         self.assertEqual((self.out / "base.pt").stat().st_mtime_ns, before)
         self.assertEqual(self.stages(said, "reused"), list(hwdeblur.STAGES)[:-1])
         self.refused("--base-lr 0.002, not 0.5", "all", *PAPER, "--base-lr", 0.5)
+        found = (self.out / "search.json").read_bytes()
+        more = ("--evaluations", 30, "--pick", "best")                 # with which the search could go on
+        self.refused("finetuned.pt was made with --pick near-best, not best", "all", *PAPER, *more)
+        self.assertEqual((self.out / "search.json").read_bytes(), found)
+        config = hwdeblur.config_of({**metrics["config"], "test": ("a=b",)})
+        self.refuses("metrics.json was made with --test '', not a=b", hwdeblur.refuse_other_flags, config,
+                     self.out, False)
+        hwdeblur.refuse_other_flags(config, self.out, True)            # which measures it anew
         self.refused("--evaluations 24, not 30: --stage search makes it anew", "evaluate", *PAPER,
                      "--evaluations", 30)
 
@@ -3357,8 +3370,11 @@ class Whole(Case):
         self.assertIn(new, sum((row["options"] for row in artefact(out / "search.json")["evaluations"]), []))
         self.assertIn(new, artefact(out / "finetuned.pt")["choice"].values())
         self.assertRegex((out / "report.md").read_text(), rf"\| {new} PlainConv +\|")
+        tuned = artefact(out / "finetuned.pt")
+        with mock.patch.object(blocks, "BLOCKS", (*blocks.BLOCKS[:1], PlainConv, *blocks.BLOCKS[1:-1])):
+            self.assertTrue(same(hwdeblur.chosen_net(tuned).state_dict(), tuned["params"]))
         with mock.patch.object(blocks, "BLOCKS", blocks.BLOCKS[:-1]):
-            self.refused(f"finetuned.pt has PlainConv as option {new}, no such block here", "export", out=out)
+            self.refused("finetuned.pt has PlainConv at .*, no such block here", "export", out=out)
 
     def test_a_local_table_of_another_machine_is_refused(self):
         out, flags = self.copied("local", "base.pt", "saliency.json"), ("profile", *TINY)
@@ -3499,7 +3515,7 @@ class Whole(Case):
             _, said = self.done("deblur", "--input", root / name, "--output", root / "out.png")
             with Image.open(root / "out.png") as restored:
                 self.assertEqual(restored.size, image.size)
-        self.assertIn("done in tiles; against one pass over the middle of the picture they have", said)
+        self.assertRegex(said, r"in the middle of the picture they have \d+\.\d dB \(PSNR\) against a single")
         deep = hwdeblur.load_image(root / "deep.png")[0].numpy()
         self.assertLessEqual(np.abs(deep - shades / 257).max(), 0.5)
         (root / "folder.png").mkdir()
@@ -3508,6 +3524,7 @@ class Whole(Case):
         for name, output, pattern in ((__file__, "o.png", "cannot read"),
                                       ("rgb.jpg", "o.xyz", "unknown kind"),
                                       ("rgb.jpg", "folder.png", "--output .*folder.png is a folder"),
+                                      ("rgb.jpg", "../" + root.name + "/rgb.jpg", "rgb.jpg is --input itself"),
                                       ("cut.jpg", "o.png", "cannot read image .*cut.jpg"),
                                       ("wide.png", "o.webp", "o.webp cannot be made .*give .png")):
             self.refused(pattern, "deblur", "--input", root / name, "--output", root / output)
@@ -3945,6 +3962,10 @@ class Project(Case):
         config, _, out, *_ = run.call_args.args
         self.assertEqual((config.batch, config.width, out), (8, 32, Path("runs/paper")))
         set_to.assert_called_once_with(3)
+        with mock.patch.object(hwdeblur, "run", side_effect=KeyboardInterrupt), \
+                contextlib.redirect_stderr(io.StringIO()) as said:
+            self.assertEqual(hwdeblur.main(["--stage", "all"]), 130)
+        self.assertEqual(said.getvalue(), "hwdeblur: interrupted; the same command goes on from here\n")
 
 
 class Timed(unittest.TextTestResult):
