@@ -975,15 +975,8 @@ class Profile(unittest.TestCase):
         for _, once, _, again in self.table(frame=16, surrogates=twice)["sites"].values():
             self.assertEqual(once, again)
 
-    def test_paper_table_and_no_other(self):
-        table = self.table("paper")
-        self.assertEqual(table["sites"]["mid.0"][:7], [53, 15, 13, 19, 11, 9, 28])
-        self.assertEqual(profile_device.network_ms(table, {"mid.0": 5, "enc0.0": 1}), 53 + 9 + 15)
-        self.assertEqual(table["base_ms"], 177)
-        self.assertRaisesRegex(ValueError, "moon", self.table, "moon")
-
     def test_sums_of_random_configurations(self):
-        table, measured, sums = self.measured(self.table(rounds=2), 6, frame=(32, 32))
+        table, measured, sums = self.measured({**self.table(rounds=2), "date": "once"}, 6, frame=(32, 32))
         self.assertEqual([row["net"] for row in sums["rows"][:2]], ["base", "chosen"])
         self.assertEqual({row["net"]: row["measured_ms"] for row in sums["rows"]}, measured)
         p, m = (np.array([row[key] for row in sums["rows"]]) for key in ("predicted_ms", "measured_ms"))
@@ -996,7 +989,12 @@ class Profile(unittest.TestCase):
         self.assertAlmostEqual(sums["mean_relative_error"], np.mean(np.abs(p / m - 1)[1:]))
         said = f"(?s)Kendall's tau.*agree to a tau of {sums['repeat_tau']:.2f}"
         self.assertRegex("".join(hwdeblur.sums_section(sums)), said)
+        today = {**profile_device.machine("cpu"), "statistic": table["statistic"], "frame": [32, 32]}
+        self.assertEqual(sums["measured_on"], today)               # the date is not that of the table
         table, measured, sums = self.measured(self.table("paper"), 6, target="paper")
+        self.assertEqual(table["sites"]["mid.0"][:7], [53, 15, 13, 19, 11, 9, 28])
+        self.assertEqual(table["base_ms"], 177)
+        self.assertRaisesRegex(ValueError, "moon", self.table, "moon")
         self.assertEqual(measured, {"base": None, "chosen": None})
         self.assertEqual(sums, {"rows": [], "drift": 1.0, "measured_on": None, "tau": None,
                                 "mean_relative_error": None, "error_as_profiled": None, "repeat_tau": None})
@@ -1006,24 +1004,20 @@ class Profile(unittest.TestCase):
         self.assertAlmostEqual(two["mean_relative_error"], 2 * (53 + 53 + 9) / 100 - 1)
         self.assertAlmostEqual(two["error_as_profiled"], (53 + 53 + 9) / 100 - 1)
 
-    def test_the_seed_decides_which_thirty_random_nets_are_timed(self):
-        drawn, table, base = [], self.table("paper"), blocks.deploy(self.net)
-        with mock.patch.object(hwdeblur, "time_whole", lambda *args: (dict.fromkeys(args[-1]), "", {})):
+    def test_the_seed_decides_which_thirty_random_nets_are_timed_and_they_are_what_their_names_say(self):
+        drawn, base = [], self.deployed({})
+        table = {"base_ms": 1.0, "sites": dict.fromkeys(self.sites, [1.0] * (1 + blocks.NO_BLOCK))}
+        whole = lambda job, table, nets: drawn.append(nets) or (dict.fromkeys(nets), "", {})
+        with mock.patch.object(hwdeblur, "time_whole", whole):
             for seed in (0, 0, 1):
                 job = mock.Mock(config=hwdeblur.Config(seed=seed))
-                drawn.append(list(hwdeblur.measure_nets(job, table, {"base": base}, {})[0]))
-        self.assertEqual((len(drawn[0]), drawn[0]), (1 + 30, drawn[1]))
-        self.assertNotEqual(drawn[0], drawn[2])
-
-    def test_random_nets_are_the_configurations_they_are_named_after(self):
-        base, x = self.deployed({}), images(1, 3, 8, 8)
-        sites = dict.fromkeys(self.sites, [1.0] * (1 + blocks.NO_BLOCK))
-        nets = hwdeblur.random_nets(sites, base, 6, np.random.default_rng(0))
-        self.assertEqual(len(nets), 6)
-        self.assertIn(str(blocks.NO_BLOCK), " ".join(nets))
-        for name, (choice, net) in nets.items():
-            self.assertEqual(" ".join(str(choice[s]) for s in self.sites), name)
-            torch.testing.assert_close(net(x), self.deployed(choice)(x), rtol=1e-5, atol=1e-5)
+                hwdeblur.measure_nets(job, table, {"base": base}, {})
+        self.assertEqual((len(drawn[0]), drawn[0].keys()), (1 + 30, drawn[1].keys()))
+        self.assertNotEqual(drawn[0].keys(), drawn[2].keys())
+        self.assertIn(str(blocks.NO_BLOCK), " ".join(drawn[0]))
+        for name, net in list(drawn[0].items())[1:]:
+            self.assertEqual([type(net.blocks()[site]) for site in self.sites],
+                             [(*blocks.BLOCKS, blocks.NoBlock)[int(k)] for k in name.split()])
 
     def test_the_pace_of_a_round_a_hiccup_and_half_of_all_calls_slowed_down_change_no_time(self):
         """The true times come back, where medians miss them."""
@@ -1110,13 +1104,6 @@ class Profile(unittest.TestCase):
         halves = [profile_device.settled(dict(enumerate(batch[1:].tolist()))) for batch in batches]
         self.assertAlmostEqual(repeat_tau, kendalltau(*(list(half.values()) for half in halves)).statistic)
         self.assertEqual(measured, profile_device.settled(dict(zip(names, np.hstack(batches).tolist()))))
-
-    def test_whole_nets_were_measured_on_this_day(self):
-        table = {"date": "2001-01-01", "statistic": "s", "frame": [8, 8]}
-        job = hwdeblur.Job(hwdeblur.Config(frame=(8, 8)), None, "cpu", Path(), {})
-        with mock.patch.object(hwdeblur, "time_nets", lambda *args: ({}, 1.0)):
-            _, where, _ = quiet(hwdeblur.time_whole, job, table, {})
-        self.assertEqual(where, {**table, **profile_device.machine("cpu")})
 
     def test_no_choice_takes_less_than_no_time(self):
         """Two blocks, each of which alone saves most of the net, as AI Hub may find; then the paper's."""
