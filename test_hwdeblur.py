@@ -32,7 +32,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.integrate import trapezoid
 from scipy.stats import chisquare, kendalltau, multivariate_normal, norm
 from torch import nn
 
@@ -282,17 +281,19 @@ class Magnitudes(unittest.TestCase):
         net[0].weight.data[0] = math.nan
         self.assertEqual(blocks.magnitudes(net, [x])["Sequential.0: convolution"], math.inf)
 
-    def test_a_sum_alone_makes_layer_norms_divide_by_as_much_as_it_takes(self):
+    def test_layer_norms_divide_by_as_much_as_a_sum_or_a_sum_of_squares_takes_on_a_phone_alone(self):
         net = nn.Sequential(nn.Conv2d(3, 4, 1), blocks.LayerNorm2d(4))
-        net[0].bias.data, pairs = torch.tensor([4e4, 4e4 + 8, 4e4, 4e4]), [(torch.zeros(3, 4, 4).byte(),) * 2]
-        for target, told in (("local", []), ("qai-hub", [
-                "layer norms divide by 4 first: Sequential.1: sum in layer norm, would reach 1.6e+05 in "
-                "float16"])):
-            job = hwdeblur.Job(hwdeblur.Config(target=target), {"val": pairs}.get, "cpu", None, {})
-            deployed, lines = quiet(hwdeblur.deployed_net, job, "a", net)
-            self.assertEqual(lines, told)
-        found = blocks.magnitudes(deployed, [hwdeblur.as_batch([pairs[0][1]])])
-        self.assertEqual(found["Sequential.1: sum in layer norm"], 4e4 + 2)
+        pairs, x = [(torch.zeros(3, 4, 4).byte(),) * 2], torch.zeros(1, 3, 4, 4)       # only the bias counts
+        for bias, name, reached, left in (([4e4, 4e4 + 8, 4e4, 4e4], "sum", "1.6e+05", 4e4 + 2),
+                                          ([300.0, -300.0] * 2, "sum of squares", "3.6e+05", 4 * 75 ** 2)):
+            net[0].bias.data, name = torch.tensor(bias), f"Sequential.1: {name} in layer norm"
+            for target, told in (("local", []), ("qai-hub", [
+                    f"layer norms divide by 4 first: {name}, would reach {reached} in float16"])):
+                job = hwdeblur.Job(hwdeblur.Config(target=target), {"val": pairs}.get, "cpu", None, {})
+                deployed, lines = quiet(hwdeblur.deployed_net, job, "a", net)
+                self.assertEqual(lines, told)
+            self.assertEqual(blocks.magnitudes(deployed, [x])[name], left)
+            self.assertTrue(torch.equal(deployed(x), net(x)))
 
     def test_no_layer_norm_divides_by_what_float16_cannot_hold_itself(self):
         net = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), blocks.LayerNorm2d(3))
@@ -562,13 +563,6 @@ class Search(unittest.TestCase):
         self.assertEqual(search.pareto_mask(np.zeros((0, 2))).tolist(), [])
         self.assertEqual(search.pareto_mask([[0, np.inf], [0, np.inf], [1, 2]]).tolist(), [True, True, True])
 
-    def test_free_boxes_tile_what_is_not_dominated(self):
-        Y, ref = self.rng.random((8, 2)), np.array([0.9, 0.8])
-        boxes = search.free_boxes(Y, ref)
-        for p in self.rng.uniform(-0.2, 1.1, (2000, 2)):
-            free = (p < ref).all() and not any((y <= p).all() for y in Y)
-            self.assertEqual(sum((b[0] <= p).all() and (p < b[1]).all() for b in boxes), int(free))
-
     def test_ehvi_closed_form_sampling_and_hypervolume_differences_agree(self):
         Y, ref = np.vstack([[(0.2, 0.8), (0.6, 0.3)], self.rng.uniform(0.3, 1, (4, 2))]), np.array([1.0, 1.1])
         boxes, draws = search.free_boxes(Y, ref), self.rng.standard_normal((20_000, 2))
@@ -584,15 +578,6 @@ class Search(unittest.TestCase):
         np.testing.assert_allclose(search.exact_ehvi(mean, std, boxes), known, atol=1e-12)
         np.testing.assert_allclose(search.mc_ehvi(mean, std, np.zeros((1, 2)), boxes), known, atol=1e-12)
         self.assertTrue(min(known) == 0 < max(known))
-
-    def test_ehvi_by_quadrature(self):
-        Y, ref, (mean, std) = self.rng.random((4, 2)), (1.0, 1.1), np.array([[[0.4, 0.5]], [[0.2, 0.3]]])
-        steps = [np.linspace(m - 8 * s, r, 400)[::4] for m, s, r in zip(mean[0], std[0], ref)]
-        grid = np.stack(np.meshgrid(*steps, indexing="ij"), -1)
-        density = multivariate_normal(mean[0], np.diag(std[0] ** 2)).pdf(grid)
-        gain = density * np.reshape(self.gains(Y, ref, grid.reshape(-1, 2)), density.shape)
-        expected = trapezoid(trapezoid(gain, steps[1]), steps[0])
-        self.assertAlmostEqual(search.exact_ehvi(mean, std, search.free_boxes(Y, ref))[0], expected, places=4)
 
     def test_gp_evidence_and_prediction_against_scipys_normal(self):
         for kernel, X in (("overlap", self.rng.integers(0, 4, (17, 3))), ("rbf", self.rng.random((17, 3)))):
@@ -613,20 +598,11 @@ class Search(unittest.TestCase):
             variance = np.diag(cov(Q, Q) - C @ cov(X, Q))
             np.testing.assert_allclose(std, y.std() * np.sqrt(np.maximum(variance, 0)), atol=1e-4)
 
-    def test_warp_and_its_derivative(self):
-        y = np.linspace(-2, 9, 12)
-        for power in (-0.7, -1e-3, 0.0, 0.4, 1.0, 1.5):
-            g, derivative = search.warp(y, power)
-            np.testing.assert_allclose(search.unwarp(g, power), y, atol=1e-9)
-            numeric = slope(lambda h: search.warp(y, power + h)[0], 1e-5)
-            np.testing.assert_allclose(derivative, numeric, rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(search.warp(y, 1.0)[0], search.UNIT * (10 ** (y / 10) - 1))
-        self.assertTrue(np.isfinite(search.unwarp(np.array([-1e9, 1e9]), -0.5)).all())
-
     def test_warped_evidence_is_a_density_and_both_evidences_have_their_gradient(self):
         X, y, p = self.rng.integers(0, 4, (10, 3)), self.rng.uniform(0, 6, 10), np.log([.3, .6, 1.1, .9, .05])
         D = np.stack(list(search.distances(X, X, "overlap")))
         for evidence, at, values in ((search.log_evidence, p, self.rng.standard_normal(10)),
+                                     (search.warped_evidence, np.append(p, 0.0), y),
                                      (search.warped_evidence, np.append(p, 0.6), y)):
             numeric = [slope(lambda h: evidence(at + h * e, D, values)[0], 1e-6) for e in np.eye(len(at))]
             np.testing.assert_allclose(evidence(at, D, values)[1], numeric, rtol=1e-5, atol=1e-6)
@@ -673,6 +649,7 @@ class Search(unittest.TestCase):
         found = search.mc_ehvi(mean, std, draws, search.free_boxes(Y, ref), power)
         np.testing.assert_allclose(found, expected)
         self.assertGreater(min(expected), 0)
+        self.assertTrue(np.isfinite(search.unwarp(np.array([-1e9, 1e9]), power)).all())
 
     def test_the_papers_form_models_both_objectives_on_coordinates(self):
         X, penalty = self.rng.integers(0, 4, (12, 2)), [np.array([1.0, 2.0, 4.0, 8.0])] * 2
@@ -971,10 +948,8 @@ class Profile(unittest.TestCase):
         return blocks.deploy(blocks.assemble(self.net, self.surrogates, choice))
 
     def measured(self, table, count, **config):
-        """A table (None: `hwdeblur.stage_profile` makes one), times of CHOICES, and their sums."""
+        """A table, times of CHOICES, and their sums."""
         job = hwdeblur.Job(hwdeblur.Config(**config), None, "cpu", Path(), {})
-        base, saliency = as_base(self.net), {"sites": self.sites}
-        table = table or hwdeblur.stage_profile(job, base, saliency)
         nets = {name: self.deployed(choice) for name, choice in self.CHOICES.items()}
         once = functools.partial(hwdeblur.time_nets, rounds=8)
         with mock.patch.object(hwdeblur, "time_nets", once):
@@ -992,15 +967,8 @@ class Profile(unittest.TestCase):
         for _, once, _, again in self.table(frame=16, surrogates=twice)["sites"].values():
             self.assertEqual(once, again)
 
-    def test_paper_table_and_no_other(self):
-        table = self.table("paper")
-        self.assertEqual(table["sites"]["mid.0"][:7], [53, 15, 13, 19, 11, 9, 28])
-        self.assertEqual(profile_device.network_ms(table, {"mid.0": 5, "enc0.0": 1}), 53 + 9 + 15)
-        self.assertEqual(table["base_ms"], 177)
-        self.assertRaisesRegex(ValueError, "moon", self.table, "moon")
-
     def test_sums_of_random_configurations(self):
-        table, measured, sums = self.measured(self.table(rounds=2), 6, frame=(32, 32))
+        table, measured, sums = self.measured({**self.table(rounds=2), "date": "once"}, 6, frame=(32, 32))
         self.assertEqual([row["net"] for row in sums["rows"][:2]], ["base", "chosen"])
         self.assertEqual({row["net"]: row["measured_ms"] for row in sums["rows"]}, measured)
         p, m = (np.array([row[key] for row in sums["rows"]]) for key in ("predicted_ms", "measured_ms"))
@@ -1013,7 +981,12 @@ class Profile(unittest.TestCase):
         self.assertAlmostEqual(sums["mean_relative_error"], np.mean(np.abs(p / m - 1)[1:]))
         said = f"(?s)Kendall's tau.*agree to a tau of {sums['repeat_tau']:.2f}"
         self.assertRegex("".join(hwdeblur.sums_section(sums)), said)
+        today = {**profile_device.machine("cpu"), "statistic": table["statistic"], "frame": [32, 32]}
+        self.assertEqual(sums["measured_on"], today)               # the date is not that of the table
         table, measured, sums = self.measured(self.table("paper"), 6, target="paper")
+        self.assertEqual(table["sites"]["mid.0"][:7], [53, 15, 13, 19, 11, 9, 28])
+        self.assertEqual(table["base_ms"], 177)
+        self.assertRaisesRegex(ValueError, "moon", self.table, "moon")
         self.assertEqual(measured, {"base": None, "chosen": None})
         self.assertEqual(sums, {"rows": [], "drift": 1.0, "measured_on": None, "tau": None,
                                 "mean_relative_error": None, "error_as_profiled": None, "repeat_tau": None})
@@ -1023,24 +996,20 @@ class Profile(unittest.TestCase):
         self.assertAlmostEqual(two["mean_relative_error"], 2 * (53 + 53 + 9) / 100 - 1)
         self.assertAlmostEqual(two["error_as_profiled"], (53 + 53 + 9) / 100 - 1)
 
-    def test_the_seed_decides_which_thirty_random_nets_are_timed(self):
-        drawn, table, base = [], self.table("paper"), blocks.deploy(self.net)
-        with mock.patch.object(hwdeblur, "time_whole", lambda *args: (dict.fromkeys(args[-1]), "", {})):
+    def test_the_seed_decides_which_thirty_random_nets_are_timed_and_they_are_what_their_names_say(self):
+        drawn, base = [], self.deployed({})
+        table = {"base_ms": 1.0, "sites": dict.fromkeys(self.sites, [1.0] * (1 + blocks.NO_BLOCK))}
+        whole = lambda job, table, nets: drawn.append(nets) or (dict.fromkeys(nets), "", {})
+        with mock.patch.object(hwdeblur, "time_whole", whole):
             for seed in (0, 0, 1):
                 job = mock.Mock(config=hwdeblur.Config(seed=seed))
-                drawn.append(list(hwdeblur.measure_nets(job, table, {"base": base}, {})[0]))
-        self.assertEqual((len(drawn[0]), drawn[0]), (1 + 30, drawn[1]))
-        self.assertNotEqual(drawn[0], drawn[2])
-
-    def test_random_nets_are_the_configurations_they_are_named_after(self):
-        base, x = self.deployed({}), images(1, 3, 8, 8)
-        sites = dict.fromkeys(self.sites, [1.0] * (1 + blocks.NO_BLOCK))
-        nets = hwdeblur.random_nets(sites, base, 6, np.random.default_rng(0))
-        self.assertEqual(len(nets), 6)
-        self.assertIn(str(blocks.NO_BLOCK), " ".join(nets))
-        for name, (choice, net) in nets.items():
-            self.assertEqual(" ".join(str(choice[s]) for s in self.sites), name)
-            torch.testing.assert_close(net(x), self.deployed(choice)(x), rtol=1e-5, atol=1e-5)
+                hwdeblur.measure_nets(job, table, {"base": base}, {})
+        self.assertEqual((len(drawn[0]), drawn[0].keys()), (1 + 30, drawn[1].keys()))
+        self.assertNotEqual(drawn[0].keys(), drawn[2].keys())
+        self.assertIn(str(blocks.NO_BLOCK), " ".join(drawn[0]))
+        for name, net in list(drawn[0].items())[1:]:
+            self.assertEqual([type(net.blocks()[site]) for site in self.sites],
+                             [(*blocks.BLOCKS, blocks.NoBlock)[int(k)] for k in name.split()])
 
     def test_the_pace_of_a_round_a_hiccup_and_half_of_all_calls_slowed_down_change_no_time(self):
         """The true times come back, where medians miss them."""
@@ -1110,12 +1079,6 @@ class Profile(unittest.TestCase):
                 profile_device.afresh(int, "three")
         self.assertRegex(said.getvalue(), "(?s)pickle.*timed in this one.*invalid literal.*timed in this")
 
-    def test_local_times_are_taken_in_another_process(self):
-        with mock.patch.object(profile_device, "stamp", side_effect=AssertionError):   # no time is taken here
-            table, measured, _ = self.measured(None, 2, frame=(16, 16))
-        self.assertGreater(min(measured.values()), 0)
-        self.assertEqual(table["options"], [block.__name__ for block in blocks.BLOCKS])
-
     def test_whole_nets_are_timed_in_two_processes_whose_agreement_is_told(self):
         names, rng = ["base", *range(8)], np.random.default_rng(0)
         batches = [np.arange(1.0, 10)[:, None] * rng.uniform(1, 1.6, (9, 15)) for _ in range(2)]
@@ -1128,13 +1091,6 @@ class Profile(unittest.TestCase):
         self.assertAlmostEqual(repeat_tau, kendalltau(*(list(half.values()) for half in halves)).statistic)
         self.assertEqual(measured, profile_device.settled(dict(zip(names, np.hstack(batches).tolist()))))
 
-    def test_whole_nets_were_measured_on_this_day(self):
-        table = {"date": "2001-01-01", "statistic": "s", "frame": [8, 8]}
-        job = hwdeblur.Job(hwdeblur.Config(frame=(8, 8)), None, "cpu", Path(), {})
-        with mock.patch.object(hwdeblur, "time_nets", lambda *args: ({}, 1.0)):
-            _, where, _ = quiet(hwdeblur.time_whole, job, table, {})
-        self.assertEqual(where, {**table, **profile_device.machine("cpu")})
-
     def test_no_choice_takes_less_than_no_time(self):
         """Two blocks, each of which alone saves most of the net, as AI Hub may find; then the paper's."""
         table = {"sites": {"a": [80.0, 0.0], "b": [80.0, 0.0]}, "rest_ms": -60.0, "base_ms": 100.0}
@@ -1144,7 +1100,6 @@ class Profile(unittest.TestCase):
         table = {"sites": sites, **profile_device.whole_net(177.0, sites)}
         found = [profile_device.network_ms(table, dict.fromkeys(sites, k)) for k in (0, 5)]
         np.testing.assert_allclose(found, [177, 177 * 9 / 53])
-        self.assertIn("times 0.42", profile_device.remarks(table)[-1])
         plain = profile_device.whole_net(500.0, sites)
         self.assertEqual((plain["rest_ms"], plain["scale"]), (500 - 8 * 53, 1))
         self.assertEqual(profile_device.whole_net(None, sites)["rest_ms"], 0)
@@ -1358,9 +1313,11 @@ class AIHub(Case):
         self.assertEqual({(kind, job.options) for kind, job in jobs}, {
             ("compile", "--target_runtime onnx"), ("compile", "--target_runtime tflite --quiet"),
             ("quantize", ""), ("inference", "--quiet")})
-        self.assertEqual((self.table("mid.0", **how), len(self.hub.jobs)), (table, 32))
-        self.table("mid.0", **{**how, "options": ""})     # other options, other jobs
-        self.assertEqual(len(self.hub.jobs), 64)
+        asked = self.hub.requests
+        self.assertEqual((self.table("mid.0", **how), self.hub.requests), (table, asked))
+        for count, other in ((64, {"options": ""}), (96, {"force": True})):    # other options, other jobs
+            self.table("mid.0", **{**how, **other})
+            self.assertEqual(len(self.hub.jobs), count)
 
     def test_blocks_inside_their_net_are_predicted_exactly_and_equal_programs_share_a_job(self):
         sites, options = ("enc0.0", "mid.0"), [*OPTIONS, blocks.NO_BLOCK]
@@ -1375,9 +1332,6 @@ class AIHub(Case):
         self.assertEqual(len(self.hub.jobs), 2 * (1 + 2 * (len(options) - 1)))     # Gated is GatedBN, folded
         for row in table["sites"].values():       # an equal share of the net, or more
             self.assertGreater(row[0] + 1e-9, us(self.net) / 1000 / len(sites))
-        fastest = {site: int(np.argmin(row)) for site, row in table["sites"].items()}
-        self.assertGreater(profile_device.network_ms(table, fastest), 0)
-        self.assertTrue(all(ms >= 0 for row in table["sites"].values() for ms in row))
         self.assertEqual(table["modules"]["GatedBN at mid.0"]["sites"], ["mid.0", "mid.0"])
         self.net, begun = blocks.NAFNet(4, (2,), 1, (1,)), len(self.hub.jobs)
         table = self.table("enc0.0", "enc0.1", numbers=[blocks.NO_BLOCK], inside=True)
@@ -1387,13 +1341,15 @@ class AIHub(Case):
         self.fails("base net does not run .*operator unknown", self.table, "mid.0", inside=True,
                    runtime="onnx")
 
-    def test_stage_profile_passes_on_how_and_calibrates_with_blurred_training_images(self):
+    def test_stage_profile_passes_on_how_calibrates_with_blurred_training_images_and_tells_remarks(self):
         config = hwdeblur.Config(target="qai-hub", hub_device="D", hub_runtime="onnx", hub_precision="w8a16",
                                  hub_options="--x", hub_blocks="net", frame=(16, 12), calibration=2)
         train, read = [pictures(20, side, side, 9) for side in (20, 15, 6)], set()
         job = hwdeblur.Job(Watched(config, read), {"train": train}.get, "cpu", Path("o"), {}, True)
-        with mock.patch.object(profile_device, "latency_table", return_value={}) as asked:
+        with mock.patch.object(profile_device, "latency_table", return_value={}) as asked, \
+                mock.patch.object(profile_device, "remarks", lambda table: ["GatedBN falls back"]):
             hwdeblur.stage_profile(job, as_base(self.net), {"sites": ["mid.0"]})
+        self.assertEqual(self.said.getvalue(), "GatedBN falls back\n")
         how = asked.call_args.kwargs["hub"]
         self.assertIs(asked.call_args.args[5], blocks.deploy)
         large, narrow = how.pop("calibration")()
@@ -1433,33 +1389,25 @@ class AIHub(Case):
                          r"\|\n- base: the device returned no pictures.\n- base: x.$")
         self.assertEqual(hwdeblur.device_section({"base": {}, "chosen": {}, "sums": {}}), [])
 
-    def test_pictures_come_back_and_are_judged(self):
-        x, y = [np.full((1, 3, 4, 4), v, np.float32) for v in (0.25, 0.5)], []
-        self.hub.noise = 0.125
-        data = profile_device.Data(None, tuple(x), lambda outputs: y.extend(outputs) or {"n": 2})
-        entries = {"a": (*self.convs[3], data)}
-        found = self.profile(entries)["a"]
-        np.testing.assert_array_equal(np.concatenate(y), np.concatenate(x) + 0.125)
-        self.assertEqual(found["pictures"], {"n": 2})
-        self.assertAlmostEqual(found["peak_mb"], 3 * found["ms"] / 1000)
-        self.assertEqual((self.profile(entries)["a"], len(self.hub.jobs)), (found, 2))
-        entries["a"][0].weight.data += 1          # other weights, other pictures
-        self.profile(entries)
-        self.assertEqual(len(self.hub.jobs), 4)
-
-    def test_a_result_belongs_to_its_device_runtime_precision_and_data(self):
-        x = np.ones((1, 3, 4, 4), np.float32)
+    def test_pictures_are_judged_and_a_result_belongs_to_device_runtime_precision_data_and_weights(self):
+        x, given, found, self.hub.noise = np.full((1, 3, 4, 4), 0.25, np.float32), [], [], 0.125
 
         def jobs(value=0, **how):
             before = len(self.hub.jobs)
-            data = profile_device.Data(lambda: [value * x], (x,), lambda outputs: {})
-            self.profile({"a": (*self.convs[1], data)}, **how)
+            judge = lambda outputs: given.append(outputs) or {"n": 2}
+            data = profile_device.Data(lambda: [value * x], (x, 2 * x), judge)
+            found.append(self.profile({"a": (*self.convs[1], data)}, **how)["a"])
             return len(self.hub.jobs) - before
 
-        self.assertEqual([jobs(), jobs(device="Google Pixel 9"), jobs(runtime="qnn_dlc"), jobs(1)],
-                         [2, 2, 2, 0])
+        self.assertEqual([jobs(), jobs(1), jobs(device="Google Pixel 9"), jobs(runtime="qnn_dlc")],
+                         [2, 0, 2, 2])
+        np.testing.assert_array_equal(given[0], [x + 0.125, 2 * x + 0.125])
+        self.assertEqual((found[0]["pictures"], found[1]), ({"n": 2}, found[0]))
+        self.assertAlmostEqual(found[0]["peak_mb"], 3 * found[0]["ms"] / 1000)
         for precision in ("w8a8", "w8a16"):
             self.assertEqual([jobs(v, precision=precision) for v in (0, 1, 1)], [4, 4, 0])
+        self.convs[1][0].weight.data += 1         # other weights, other pictures
+        self.assertEqual(jobs(), 2)
 
     def test_no_branch_is_zero_where_it_is_timed_and_nets_are_calibrated_with_whole_images(self):
         for inside in (False, True):
@@ -1483,7 +1431,6 @@ class AIHub(Case):
         # Alone the two blocks take longer than the net that they are in: their share of it is predicted.
         swapped = profile_device.network_ms(table, {"dec0.0": 5})
         self.assertAlmostEqual(swapped, base_ms * (expected[0] + expected[5]) / (2 * expected[0]))
-        self.assertEqual(json.loads(json.dumps(table)), table)
         *fallbacks, scaled = profile_device.remarks(table)
         self.assertEqual([line.split(" in ")[0] for line in fallbacks], [
             "NAFBlock 4x16x8 (enc0.0, dec0.0) falls back to the CPU", "NAFNet 3x16x8 falls back to the CPU"])
@@ -1501,22 +1448,8 @@ class AIHub(Case):
         self.assertRegex(profile_device.remarks(table)[1],
                          r"Gated 4x16x8 \(enc0.0\) is unavailable: operator unknown \(http.*/j4/\)")
         self.assertEqual(profile_device.network_ms(table, {"enc0.0": 2}), math.inf)
-        self.assertEqual(np.flatnonzero(np.isinf(search.penalties(table, ["enc0.0"])[0])).tolist(), [2])
         self.hub.fail = ("NAFBlock",)
         self.fails("original block.*mid.0.*operator unknown.*http", self.table, "mid.0")
-
-    def test_a_run_that_was_cut_off_submits_nothing_twice(self):
-        for self.hub.cut_after in (3, 6):                        # cut at a compile job, then at a profile job
-            self.fails("authenticate", self.profile)
-        self.hub.cut_after = None
-        found = self.profile()
-        self.assertEqual([found[n]["ms"] for n in self.convs], [(4 * n + 10 * 48) / 1000 for n in self.convs])
-        names = {job.name for kind in ("compile", "inference") for job in self.hub.of(kind)}
-        self.assertEqual((len(names), len(self.hub.jobs)), (8, 8))
-        asked = self.hub.requests
-        self.assertEqual((self.profile(), self.hub.requests), (found, asked))
-        self.profile(force=True)
-        self.assertEqual(len(self.hub.jobs), 16)
 
     def test_the_whole_command_on_a_device(self):
         out = self.root / "run"
@@ -1552,14 +1485,6 @@ class AIHub(Case):
         base_ms, chosen_ms = (metrics[name]["latency_ms"] for name in ("base", "chosen"))
         self.assertEqual([ms["base"], ms["base, more steps"], ms["chosen"]], [base_ms, base_ms, chosen_ms])
         self.assertGreater(ms["base"], ms["narrower"])
-        (out / "control.json").unlink()
-        (out / "report.md").unlink()
-        jobs = len(self.hub.jobs)
-        self.assertEqual(hwdeblur.main([*args, "all"]), 0)
-        self.assertEqual((out / "report.md").read_text(), report)
-        self.assertEqual(hwdeblur.main([*args, "profile", "--hub-runtime", "onnx"]), 2)
-        self.assertIn("--hub-runtime tflite, not onnx", self.said.getvalue())
-        self.assertEqual(len(self.hub.jobs), jobs)
 
     def test_the_clients_failures_are_one_line(self):
         def refused(pattern, *args):
@@ -1708,15 +1633,8 @@ class Data(Case):
         # seventeen are made by processes, two are not
         many, few = (quiet(hwdeblur.made_pairs, 3, "val", count, 16) for count in (17, 2))
         self.assertEqual(hwdeblur.digest(many[:2]), hwdeblur.digest(few))
-
-    def test_made_blur_grows_with_the_camera_s_path(self):
-        for seed in range(4):
-            sharp, blur = zip(*(hwdeblur.made_pair(64, np.random.default_rng(seed), length)
-                                for length in (0, 3, 12)))
-            self.assertTrue(torch.equal(sharp[0], sharp[1]) and torch.equal(sharp[0], sharp[2]))
-            self.assertTrue(torch.equal(sharp[0], blur[0]))
-            near, far = (hwdeblur.image_psnr(sharp[0] / 255, image / 255) for image in blur[1:])
-            self.assertLess(far, near)
+        splits = [quiet(hwdeblur.made_pairs, 3, split, 1, 16) for split in ("train", "val", "test")]
+        self.assertEqual(len(set(map(hwdeblur.digest, splits))), 3)
 
     def test_training_pairs_are_blurred_or_not_and_aim_a_little_short_of_the_sharp_image(self):
         made = {stream: [hwdeblur.numbered_pair(0, stream, 11, i) for i in range(40)] for stream in (0, 1, 2)}
@@ -1741,12 +1659,6 @@ class Data(Case):
             drawn_out += [strong > 3 * weak] * (not grating.called)
         self.assertTrue(18 <= stripes <= 42, stripes)
         self.assertTrue(20 <= sum(drawn_out) <= 0.9 * len(drawn_out), drawn_out)
-
-    def test_a_blurred_pair_keeps_its_light(self):
-        for seed in range(4):
-            linear = [(v.double() / 255) ** 2.2 for v in hwdeblur.made_pair(96, np.random.default_rng(seed))]
-            self.assertLess(abs(linear[0].mean() - linear[1].mean()), 0.03)
-            self.assertGreater(linear[0].diff(dim=2).abs().sum(), linear[1].diff(dim=2).abs().sum())
 
     def test_batches_are_a_function_of_seed_and_step(self):
         sharp = [images(3, *size, seed=size[0]).mul(254).byte() for size in ((20, 31), (17, 16))]
@@ -1795,38 +1707,23 @@ class Data(Case):
         self.assertLessEqual((once.int() - again.int()).abs().max(), 1)
         self.assertAlmostEqual((once[1].double() / power_mean(frames)[2]).mean().item(), 0.76, delta=0.005)
 
-    def test_ranks_decode_their_share_of_a_batch_alone(self):
+    def test_ranks_decode_their_share_of_a_batch_alone_and_workers_make_the_same_batches(self):
         self.folder([f"{i}.png" for i in range(9)])
-        pairs = hwdeblur.list_pairs(self.root, "train")
-        whole = hwdeblur.crops(pairs, 5, 16, 5)(3)
+        pairs, state = hwdeblur.list_pairs(self.root, "train"), torch.get_rng_state()
+        alone, helped = (hwdeblur.crops(pairs, 5, 16, 5, workers=n) for n in (0, 1))
+        for step in (4, 0, 3):
+            whole = alone(step)
+            self.assertTrue(all(map(torch.equal, whole, helped(step))))
+        self.assertTrue(torch.equal(state, torch.get_rng_state()))
         with mock.patch.object(hwdeblur, "load_image", wraps=hwdeblur.load_image) as decoded:
             parts = [hwdeblur.crops(pairs, 5, 16, 5, share=(r, 2))(3) for r in (0, 1)]
         self.assertLessEqual(decoded.call_count, 2 * 5)
         for r, k in itertools.product((0, 1), (0, 1)):
             self.assertTrue(torch.equal(parts[r][k], whole[k][r::2]))
         self.refuses("--batch 1 is too small for 2 ranks", hwdeblur.crops, pairs, 5, 16, 1, 0, (0, 2))
-
-    def test_workers_make_the_same_batches(self):
-        self.folder([f"{i}.png" for i in range(3)])
-        pairs, state = hwdeblur.list_pairs(self.root, "train"), torch.get_rng_state()
-        alone, helped = (hwdeblur.crops(pairs, 5, 16, 2, workers=n) for n in (0, 1))
-        for step in (3, 4, 0):
-            self.assertTrue(all(map(torch.equal, alone(step), helped(step))))
-        self.assertTrue(torch.equal(state, torch.get_rng_state()))
         pairs[1][0].write_bytes(b"no image")
         helped = hwdeblur.crops(pairs, 5, 16, 2, workers=1)
-        self.refuses("^cannot read image [^\n]*1.png[^\n]*$", lambda: list(map(helped, range(9))))
-
-    def test_splits_share_nothing(self):
-        config = hwdeblur.Config(made_train=3, made_test=2, made_size=32, crop=32)
-        everything = [p[0] for s in ("train", "val", "test") for p in quiet(hwdeblur.split_pairs, config, s)]
-        self.assertFalse(any(torch.equal(a, b) for a, b in itertools.combinations(everything, 2)))
-        for split in ("train/s", "test/s"):
-            self.folder([f"{i}.png" for i in range(9)], split)
-        config = hwdeblur.Config(data=str(self.root), crop=16)
-        train, val, test = (set(hwdeblur.split_pairs(config, s)) for s in ("train", "val", "test"))
-        self.assertEqual((len(train | val), len(val), len(test)), (9, 1, 9))
-        self.assertFalse(train & val or (train | val) & test)
+        self.refuses("^cannot read image [^\n]*1.png[^\n]*$", lambda: list(map(helped, range(99))))
 
     def test_no_scene_is_on_both_sides_of_validation(self):
         """A tree of 12 scenes of as many frames as their number, the same listed, and a single folder."""
@@ -1844,6 +1741,7 @@ class Data(Case):
             self.assertEqual(len(set(train) | set(val)), len(train) + len(val))
             here, there = ({key(sharp) for sharp, _ in pairs} for pairs in (train, val))
             self.assertFalse(here & there)
+            self.assertNotEqual(train, sorted(train))     # so that a share of them is of all scenes
             return train, val, here, there
 
         for listed in (False, True):
@@ -1862,13 +1760,10 @@ class Data(Case):
                 train, _, _ = hwdeblur.carved(pairs, 2, seed)
                 self.assertIn("s12", {sharp.parent.parent.name for sharp, _ in train})
             self.assertRegex(hwdeblur.splits_words(config), "^Validation: .* of 1 of 12 scenes, none")
-        linked = self.root / "linked"             # links into one pool are of their folders' scenes
-        for path in (linked / name for line in lines for name in line.split()):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.symlink_to(flat / "train" / "sharp" / "0.png")
-        self.assertEqual(len(hwdeblur.scenes_of(hwdeblur.list_pairs(linked, "train"))), 12)
         config = hwdeblur.Config(data=str(flat), crop=16)
-        self.assertEqual([*map(len, sides(config, lambda sharp: sharp.name))], [30, 4, 15, 2])
+        for most, counts in ((16, [30, 4, 15, 2]), (1, [32, 1, 16, 1])):       # no more scenes than pairs
+            each = dataclasses.replace(config, val_pairs=most)
+            self.assertEqual([*map(len, sides(each, lambda sharp: sharp.name))], counts)
         self.assertRegex(hwdeblur.splits_words(config), "carved by image")
         (flat / "train.txt").write_text("train/sharp/0.png train/sharp/1.png\n")
         self.refuses("show one scene; at least 2", hwdeblur.split_pairs, config, "train")
@@ -1888,12 +1783,14 @@ class Data(Case):
 
     def test_only_known_folders_count_in_any_case_and_each_needs_its_partners(self):
         scene = self.folder(["a.png"], "test_c/scene", ("Source", "TARGET"))       # DPDD calls its splits so
+        saved_image(scene / "Source" / "source_b.png")             # RealBlur: gt/gt_1.png, blur/blur_1.png
+        saved_image(scene / "TARGET" / "Target_b.png")
         self.folder(["a.png"], "test_l", ("source",))
         self.folder(["a.png"], "test_c/gopro", ("blur", "blur_gamma", "sharp"))
         self.folder(["a.png"], "test_c/.cache", ("blur",))
         (scene / "Source" / "folder.png").mkdir()
         names = [(s.parent.name, b.parent.name) for s, b in hwdeblur.list_pairs(self.root, "test")]
-        self.assertEqual(names, [("sharp", "blur"), ("TARGET", "Source")])
+        self.assertEqual(names, [("sharp", "blur"), ("TARGET", "Source"), ("TARGET", "Source")])
         self.folder(["a.png"], "test_c/lost", ("gt",))
         self.refuses("lost/gt has images but no folder of partners", hwdeblur.list_pairs, self.root, "test")
 
@@ -2003,7 +1900,7 @@ class Data(Case):
         self.assertTrue(0.9 * math.radians(1.5) < turn <= math.radians(1.5), turn)
         self.assertTrue(0.9 * 0.015 < zoom <= 0.015, zoom)
 
-    def test_pictures_are_upright_in_every_orientation(self):
+    def test_pictures_are_upright_in_every_orientation_and_their_shorter_side_is_what_is_too_small(self):
         for code in range(1, 9):
             path, exif = self.root / f"{code}.jpg", Image.Exif()
             exif[0x0112] = code
@@ -2011,14 +1908,10 @@ class Data(Case):
             height, width = hwdeblur.load_image(path).shape[1:]
             self.assertEqual((width, height), (20, 24) if code > 4 else (24, 20))
             saved_image(self.root / "plain.png", (width, height))      # the header says the same
-            hwdeblur.sized_pairs([(path, self.root / "plain.png")], 11, "scored")
-
-    def test_a_folder_s_name_before_those_of_its_files_does_not_count_in_any_case(self):
-        """RealBlur: gt/gt_1.png and blur/blur_1.png."""
-        for kind, name in (("Blur", "blur_1.png"), ("gt", "GT_1.png")):
-            saved_image(self.root / "train" / kind / name)
-        (sharp, blur), = hwdeblur.list_pairs(self.root, "train")
-        self.assertEqual((sharp.name, blur.name), ("GT_1.png", "blur_1.png"))
+            pairs = [(path, self.root / "plain.png")]
+            self.assertEqual(hwdeblur.sized_pairs(pairs, 20, "scored"), pairs)
+            small = f"is {width}x{height}, too small to be scored: 21 is the least"
+            self.refuses(small, hwdeblur.sized_pairs, pairs, 21, "scored")
 
     def test_radii_of_leaves_follow_a_power_law(self):
         """Of exponent 1 + alpha, alpha in [1, 2]: half to three quarters are below twice the least."""
@@ -2029,41 +1922,30 @@ class Data(Case):
         self.assertTrue(min(radii) == 3 and 36 < max(radii) <= 128 / 3)
         self.assertTrue(0.45 < np.mean(np.array(radii) < 6) < 0.8)
 
-    def test_the_blur_is_as_long_as_the_camera_s_path(self):
-        """A point of light, moved along a straight path of 8 pixels, leaves a streak of that length."""
+    def test_the_blur_is_as_long_as_the_camera_s_path_and_keeps_the_light(self):
+        """A point of light, moved along a straight path, leaves a streak of that length."""
         scene = np.zeros((2 * 64, 2 * 64, 3), np.uint8)
         scene[62:66, 62:66] = 255
         path = lambda frames, length, rng: np.outer(np.linspace(-0.5, 0.5, frames), [length, 0, 0, 0])
-        with mock.patch.multiple(hwdeblur, dead_leaves=lambda *a: scene, camera_path=path):
-            sharp, blur = hwdeblur.made_pair(40, np.random.default_rng(1), 8.0, 0.01)
         width = lambda image, axis: int((image[0] > 60).any(axis).sum())
-        self.assertEqual(width(blur, 1), width(sharp, 1))
-        self.assertTrue(7 <= width(blur, 0) - width(sharp, 0) <= 9)
+        light = lambda image: (image.double() / 255).pow(2.2).sum().item()
+        for length in (4.0, 8.0):
+            with mock.patch.multiple(hwdeblur, dead_leaves=lambda *a: scene, camera_path=path):
+                sharp, blur = hwdeblur.made_pair(40, np.random.default_rng(1), length, 0.01)
+            self.assertEqual(width(blur, 1), width(sharp, 1))
+            self.assertLessEqual(abs(width(blur, 0) - width(sharp, 0) - length), 1)
+            self.assertAlmostEqual(light(blur) / light(sharp), 1, delta=0.03)
 
-    def test_a_scene_elsewhere_that_is_linked_twice_is_one_scene(self):
-        self.folder(["a.png"], "train/s0")
+    def test_a_scene_elsewhere_that_is_linked_twice_is_one_scene_and_files_are_of_their_folders(self):
         scene = self.folder(["a.png"], "elsewhere/s1")
+        for kind in ("sharp", "blur"):
+            (self.root / "train/s0" / kind).mkdir(parents=True)
+            (self.root / "train/s0" / kind / "a.png").symlink_to(scene / kind / "a.png")
         for name in ("s1", "again"):
             (self.root / "train" / name).symlink_to(scene, target_is_directory=True)
         (self.root / "train/up").symlink_to(self.root, target_is_directory=True)       # a loop
         pairs = hwdeblur.list_pairs(self.root, "train")
         self.assertEqual((len(pairs), len(hwdeblur.scenes_of(pairs))), (3, 2))
-
-    def test_the_shorter_side_decides_whether_a_picture_is_too_small(self):
-        self.folder(["a.png"], size=(20, 11))
-        pairs = hwdeblur.list_pairs(self.root, "train")
-        self.assertEqual(hwdeblur.sized_pairs(pairs, 11, "scored"), pairs)
-        why = "is 20x11, too small to be scored: 12 is the least"
-        self.refuses(why, hwdeblur.sized_pairs, pairs, 12, "scored")
-
-    def test_no_more_scenes_are_held_back_than_pairs_are_wanted_and_training_pairs_have_an_order(self):
-        """An order of the seed's own, so that a share of them is of all scenes."""
-        for i in range(33):
-            self.folder(["a.png"], f"train/s{i:02}")
-        config = hwdeblur.Config(data=str(self.root), crop=16, val_pairs=2)
-        train, val = (hwdeblur.split_pairs(config, split) for split in ("train", "val"))
-        self.assertEqual((len(train), len(val)), (31, 2))
-        self.assertNotEqual(train, sorted(train))
 
 
 class Report(unittest.TestCase):
@@ -2220,13 +2102,6 @@ class Report(unittest.TestCase):
         found["chosen"]["latency_ms"] = None      # its job failed
         self.assertIn("1.50x as fast as the base (predicted from", hwdeblur.gain_words(found))
 
-    def test_an_adapted_net_is_shown_before_and_after(self):
-        scores = {net: {"psnr_db": db, "ssim": 0.5} for net, db in (("before", 11), ("after", 12),
-                                                                    ("blurred", 10))}
-        tuned = {"scores": {"test": {"pairs": 3, **scores}}, "protocol": "", "gmacs": 1.0}
-        text = hwdeblur.adapted_text(hwdeblur.Config(from_="f.pt"), tuned)
-        self.assertEqual(cells(text)[2:], [["test", "3", "10.00/.500", "11.00/.500", "12.00/.500"]])
-
     def test_which_stage_is_most_salient_and_whether_it_stays_is_told(self):
         found = {"scores": {"snip": {"enc0.0": 1.0, "mid.0": 3.0, "dec0.0": 2.0}}, "critical": ["mid"],
                  "mean_ranks": {"enc0": 3.0, "mid": 1.0, "dec0": 2.0}, "sites": ["enc0.0", "dec0.0"]}
@@ -2239,14 +2114,10 @@ class Report(unittest.TestCase):
 
 
 class Training(Case):
-    def test_learning_rates_fall_along_a_cosine(self):
-        self.assertEqual([blocks.cosine(step, 8, 3.0, 1.0) for step in (0, 4, 8)], [3.0, 2.0, 1.0])
-        batch_at = lambda step: (images(1, 3, 8, 8), images(1, 3, 8, 8, seed=1))
+    def test_rates_of_distillation_fall_along_a_cosine_to_zero(self):
         with mock.patch.object(blocks, "cosine", return_value=1e-3) as rate:
-            blocks.train(small_net(), batch_at, 2, 0.5)
-            blocks.distill(small_net(), ["mid.0"], batch_at, 2, 0.25, 0)
-        asked = [mock.call(step, 2, *ends) for ends in ((0.5, 1e-7), (0.25, 0.0)) for step in (0, 1)]
-        self.assertEqual(rate.mock_calls, asked)
+            blocks.distill(small_net(), ["mid.0"], lambda step: images(1, 3, 8, 8), 2, 0.25, 0)
+        self.assertEqual(rate.mock_calls, [mock.call(step, 2, 0.25, 0.0) for step in (0, 1)])
 
     def setUp(self):
         self.said = self.enterContext(contextlib.redirect_stderr(io.StringIO()))
@@ -2351,14 +2222,15 @@ class Training(Case):
             for share in shares:
                 self.assertTrue(torch.equal(hwdeblur.whole_batch(share, 5), batch))
 
-    def test_shares_of_a_batch_weigh_by_their_images(self):
-        job, seen = self.job_of(crop=16, batch=3), []
+    def test_shares_of_a_batch_weigh_by_their_images_and_bfloat16_is_used_where_asked_for(self):
+        seen = []
+        train = lambda net, batch_at, steps, lr, amp, *more: seen.append((*batch_at(0)[1:], amp))
         for r in (0, 1):
             with mock.patch.multiple(hwdeblur, world=lambda: 2, rank=lambda: r, anywhere=bool,
-                                     resumed=lambda *args: None), \
-                    mock.patch.object(blocks, "train", lambda net, batch_at, *more: seen.append(batch_at(0))):
-                self.train(job)
-        self.assertEqual([(len(blur), *weight) for blur, _, *weight in seen], [(2, 4 / 3), (1, 2 / 3)])
+                                     resumed=lambda *args: None), mock.patch.object(blocks, "train", train):
+                self.train(self.job_of(crop=16, batch=3, amp=r == 1))
+        self.assertEqual([(len(sharp), *more) for sharp, *more in seen],
+                         [(2, 4 / 3, False), (1, 2 / 3, True)])
 
     def test_distillation_reads_blurred_images_of_its_share_and_ranks_split_the_students(self):
         pairs = [(torch.zeros(3, 16, 16).byte(), torch.full((3, 16, 16), 30 * i).byte()) for i in range(1, 9)]
@@ -2366,12 +2238,13 @@ class Training(Case):
 
         def distill(net, sites, batch_at, *rest):
             asked.append(rest[3])
+            self.assertEqual(rest[4], r == 1)                          # in bfloat16 where asked for
             if hwdeblur.world() == 1:
                 seen.update((batch_at(0) * 255).round().unique().int().tolist())
             raise SystemExit
 
-        job = self.job_of(crop=16, batch=64)._replace(pairs=lambda split: pairs)
         for r, ranks in ((0, 2), (1, 2), (0, 1)):
+            job = self.job_of(crop=16, batch=64, amp=r == 1)._replace(pairs=lambda split: pairs)
             with mock.patch.multiple(hwdeblur, world=lambda: ranks, rank=lambda: r, anywhere=bool,
                                      resumed=lambda *args: None), \
                     mock.patch.object(blocks, "distill", distill), contextlib.suppress(SystemExit):
@@ -2392,12 +2265,6 @@ class Training(Case):
         card = hwdeblur.measured_card(self.root, adapted, [32, 32])
         self.assertEqual(list(card.values()), [29.5, "q", None, None])
 
-    def test_the_net_behind_from_counts(self):
-        path = self.root / "f.pt"
-        heads = [path.write_bytes(text) and hwdeblur.header(hwdeblur.Config(from_=str(path)), "finetune", {})
-                 for text in (b"a", b"b")]
-        self.assertNotEqual(heads[0]["inputs"], heads[1]["inputs"])
-
     def test_the_lock_is_held_until_its_file_is_gone(self):
         files, closed, take, unlink = [], [], hwdeblur.take_lock, Path.unlink
         removed = lambda path, **more: closed.append(files[0].closed) or unlink(path, **more)
@@ -2406,23 +2273,35 @@ class Training(Case):
             pass
         self.assertEqual((closed, files[0].closed), ([False], True))
 
-    def test_averages_weight_step_t_by_t_to_the_power_and_the_rate_falls_to_a_quarter(self):
-        """Power 2, so after three steps (w1 + 3 w2 + 6 w3) / 10; a step goes on from what is not averaged."""
-        net, batch_at = small_net(), lambda step: (images(1, 3, 8, 8, seed=step), images(1, 3, 8, 8, seed=9))
-        got, last = blocks.train(net, batch_at, 3, 1e-2, average=2), copy.deepcopy(net)
-        optimizer = torch.optim.AdamW(last.parameters(), betas=(0.9, 0.9), weight_decay=1e-3)
-        expected = [torch.zeros_like(p) for p in last.parameters()]
-        for step, lr in enumerate((1e-2, 8.125e-3, 4.375e-3)):         # half a cosine from 1e-2 to 2.5e-3
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.zero_grad()
-            (-hwdeblur.psnr(last(batch_at(step)[0]), batch_at(step)[1])).backward()
-            optimizer.step()
-            expected = [a + (0.1, 0.3, 0.6)[step] * p.detach() for a, p in zip(expected, last.parameters())]
-        torch.testing.assert_close([*got.parameters()], expected, rtol=0, atol=2e-5)
-        job = self.job_of(crop=8, batch=1, cap_db=80.0, average=2.0)
-        with mock.patch.multiple(hwdeblur, crops=lambda *a: batch_at, as_batch=lambda batch, device: batch):
-            again = self.train(job, 1e-2, net, 3)
-        self.assertTrue(same(again.state_dict(), got.state_dict()))
+    def test_a_step_is_adamws_on_capped_losses_with_clipped_gradients_and_weights_are_averaged(self):
+        """Three steps by hand: AdamW forgets the length of a gradient, but not how the next compares with it.
+
+        The average of power 2 is (w1 + 3 w2 + 6 w3) / 10, and rates then fall to a quarter.
+        """
+        start, batches = small_net(), [(x, x + 0.1 / n) for n, x in enumerate(images(3, 1, 3, 8, 8), start=1)]
+        for p in start.ending.parameters():
+            p.data *= 0.01                            # an output near the image, so that the cap counts
+        for average, clip, last_rate, weights in ((2.0, 0.0, 2.5e-3, (0.1, 0.3, 0.6)),
+                                                  (0.0, 1.0, 1e-7, (0.0, 0.0, 1.0))):
+            net, norms = copy.deepcopy(start), []
+            expected = [torch.zeros_like(p) for p in net.parameters()]
+            optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.9), weight_decay=1e-3)
+            for (x, y), fallen, weight in zip(batches, (1, 0.75, 0.25), weights):      # half a cosine
+                optimizer.param_groups[0]["lr"] = last_rate + fallen * (1e-2 - last_rate)
+                optimizer.zero_grad()
+                (10 * torch.log10((net(x) - y).square().mean() + 10 ** -2.5)).backward()
+                norms.append(torch.stack([p.grad.norm() for p in net.parameters()]).norm().item())
+                for p in net.parameters():
+                    p.grad *= min(1, clip / norms[-1]) if clip else 1
+                optimizer.step()
+                expected = [a + weight * p.detach() for a, p in zip(expected, net.parameters())]
+            self.assertGreater(max(norms), 1)
+            job = self.job_of(crop=8, batch=1, grad_clip=clip, cap_db=25.0, average=average)
+            with mock.patch.multiple(hwdeblur, crops=lambda *a: batches.__getitem__,
+                                     as_batch=lambda batch, device: batch):
+                got = self.train(job, 1e-2, start, 3)
+            torch.testing.assert_close([*got.parameters()], expected, rtol=0, atol=2e-5)
+            (self.root / "base.part").unlink()
 
     def test_training_leaves_the_statistics_of_distillation(self):
         net = small_net()
@@ -2475,29 +2354,6 @@ class Training(Case):
         self.assertAlmostEqual(norms[1] / norms[0], 0.25, places=4)
         self.assertAlmostEqual(told[1][0], told[3][0], places=5)   # the loss that is told is of the share
 
-    def test_gradients_are_clipped_by_the_norm_of_all_and_the_loss_is_capped(self):
-        """Two steps, as AdamW forgets the length of a gradient, but not how the second compares with it."""
-        batches = [(images(1, 3, 8, 8), images(1, 3, 8, 8, seed=9)),
-                   (images(1, 3, 8, 8, seed=2), 0.01 + images(1, 3, 8, 8, seed=2))]
-        net, norms = small_net(), []
-        expected, clip = copy.deepcopy(net), 1.0
-        optimizer = torch.optim.AdamW(expected.parameters(), betas=(0.9, 0.9), weight_decay=1e-3)
-        for step, (blur, sharp) in enumerate(batches):
-            optimizer.param_groups[0]["lr"] = blocks.cosine(step, 2, 1e-2, 1e-7)
-            optimizer.zero_grad()
-            error = (expected(blur) - sharp).square().mean()
-            (10 * torch.log10(error + 10 ** -2.5)).backward()
-            norms.append(torch.stack([p.grad.norm() for p in expected.parameters()]).norm().item())
-            for p in expected.parameters():
-                p.grad *= min(1, clip / norms[-1])
-            optimizer.step()
-        self.assertGreater(max(norms), clip)
-        job = self.job_of(crop=8, batch=1, grad_clip=clip, cap_db=25, average=0)
-        with mock.patch.multiple(hwdeblur, crops=lambda *a: batches.__getitem__,
-                                 as_batch=lambda batch, device: batch):
-            got = self.train(job, 1e-2, net, 2)
-        torch.testing.assert_close(got.state_dict(), expected.state_dict(), rtol=0, atol=2e-5)
-
     def test_state_is_kept_after_fifty_times_what_that_takes(self):
         clock, kept = [0.0], []
         saved = lambda path, state, head: kept.append(state["step"]) or clock.append(clock.pop() + 1)
@@ -2511,16 +2367,6 @@ class Training(Case):
                     each(step, {}, lambda: make(step))
                     clock[0] += 10
             self.assertEqual(kept, steps)
-
-    def test_bfloat16_is_used_where_asked_for(self):
-        asked, base = mock.Mock(side_effect=SystemExit), as_base(small_net())
-        with mock.patch.multiple(blocks, train=asked, distill=asked):
-            for amp in (False, True):
-                job = self.job_of(crop=16, batch=2, amp=amp)
-                self.assertRaises(SystemExit, self.train, job)
-                self.assertRaises(SystemExit, hwdeblur.stage_distill, job, base, {"sites": ["mid.0"]})
-        given = [value for call in asked.call_args_list for value in call.args if isinstance(value, bool)]
-        self.assertEqual(given, [False, False, True, True])
 
     def test_the_seed_decides_the_first_weights_the_crops_and_the_proposals(self):
         """And saliency is that of the loss in training, on its crops."""
@@ -2540,15 +2386,11 @@ class Training(Case):
                 self.assertAlmostEqual(got[measure][site], score, delta=1e-3 * abs(score) + 1e-9)
         self.assertTrue(same(net.state_dict(), base["params"]))
         self.assertTrue(same(base["params"], hwdeblur.new_net(4, (1,), 1, (1,), 7).state_dict()))
-        with mock.patch.object(search, "search", return_value=[]) as found:
-            hwdeblur.searched(job, None, [])
-        self.assertEqual(found.call_args.args[3].random(), np.random.default_rng(7).random())
-
-    def test_why_the_search_ended_early_is_told(self):
         early = lambda *args, **more: search.warnings.warn("space is exhausted") or []
-        with mock.patch.object(search, "search", early):
-            hwdeblur.searched(self.job, None, [])
+        with mock.patch.object(search, "search", side_effect=early) as found:
+            hwdeblur.searched(job, None, [])
         self.assertIn("space is exhausted\n", self.said.getvalue())
+        self.assertEqual(found.call_args.args[3].random(), np.random.default_rng(7).random())
 
     def test_fewer_large_crops_tell_the_saliency(self):
         base = as_base(small_net())
@@ -2556,18 +2398,6 @@ class Training(Case):
             for crop in (16, 64, 128, 256):
                 self.assertRaises(SystemExit, hwdeblur.stage_saliency, self.job_of(crop=crop), base)
         self.assertEqual([call.args[3:] for call in crops.mock_calls], [(128,), (128,), (32,), (16,)])
-
-    def test_what_a_table_remarks_is_told_at_once(self):
-        with mock.patch.multiple(profile_device, latency_table=lambda *args, **more: {},
-                                 remarks=lambda table: ["GatedBN falls back to the CPU"]):
-            hwdeblur.stage_profile(self.job_of(target="paper"), as_base(small_net()), {"sites": ["mid.0"]})
-        self.assertIn("GatedBN falls back to the CPU", self.said.getvalue())
-
-    def test_weights_that_give_no_number_are_refused(self):
-        path = self.root / "w.pth"
-        torch.save({name: v * 1e30 for name, v in small_net().state_dict().items()}, path)
-        why = "validation gives nan dB: give other weights than"
-        self.refuses(why, hwdeblur.stage_base, self.job_of(weights=str(path)))
 
     def test_the_hub_is_asked_unless_nothing_is_left_to_ask(self):
         for file, force, asked in ((None, False, 1), ("profile.json", False, 1), ("metrics.json", False, 0),
@@ -2710,19 +2540,6 @@ class Controls(Case):
         self.assertEqual(hwdeblur.interval(values, 0), [low, high])
         self.assertIsNone(hwdeblur.interval(values[:1], 0))
 
-    def test_how_long_the_controls_take_is_told_in_minutes_for_all_steps(self):
-        job = mock.Mock(config=hwdeblur.Config(base_steps=900, finetune_steps=150), device="cpu")
-        controls = [{"name": name, "scratch": scratch, "choice": {}, "missing": ""}
-                    for name, scratch in (("base, more steps", False), ("narrower", True))]
-        tuned = {"candidates": [{"val_before_db": 1.0, "val_after_db": 2.0}], "picked": 0, "choice": {}}
-        known = dict(chosen_net=lambda *args: None, seconds_per_step=lambda *args: 0.5,
-                     trained_control=lambda *args: (None, [1, 2]), assembler=lambda *args: None)
-        with mock.patch.multiple(hwdeblur, **known), contextlib.redirect_stderr(io.StringIO()) as said:
-            base = {**as_base(small_net()), "val": {"psnr_db": 30.0}}
-            hwdeblur.control_nets(job, controls, base, {}, tuned)
-        self.assertIn("2 nets to train, 1 of them from scratch, 1,200 steps in all: about 10 minutes",
-                      said.getvalue())
-
     def test_a_control_that_scores_no_number_has_diverged(self):
         job, scores = mock.Mock(config=hwdeblur.Config(), device="cpu"), iter((30.0, math.nan))
         control = {"name": "a", "choice": {}, "width": None, "scratch": False}
@@ -2853,10 +2670,11 @@ class OneNet(Case):
             seen.append(entries)
             return {key: [1.0, 1.0] for key in entries}
 
-        with mock.patch.object(profile_device, "afresh", lambda call, *args, **more: call(*args, **more)), \
-                mock.patch.object(profile_device, "time_in_place", timed):
+        with mock.patch.object(profile_device, "time_in_place", timed), \
+                mock.patch.object(profile_device, "afresh", side_effect=lambda f, *args: f(*args)) as afresh:
             quiet(hwdeblur.stage_profile, self.job(frame=(32, 32)), base,
                   {"sites": ["enc0.0", "enc1.1", "mid.0"]})
+        afresh.assert_called_once()                # in another process, where no one was before
         (net, _), modules = seen[0].pop("net"), seen[0]
         self.assertEqual([block.window for block in net.blocks().values()], [12, 6, 6, 3, 6, 12])
         for (kind, shape), (module, _) in modules.items():
@@ -2868,18 +2686,18 @@ class OneNet(Case):
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out / "in.png")
         pairs, plain = [(picture, picture)] * 2, small_net(enc=(1, 1))
         torch.save(plain.state_dict(), out / "w.pth")
-        job = self.job(pairs, "finetune", weights=str(out / "w.pth"), candidates=1, finetune_steps=0, refit=0)
+        job = self.job(pairs, "finetune", weights=str(out / "w.pth"), pick="best", finetune_steps=0, refit=0)
         base = hwdeblur.stage_base(job)
         expected = copy.deepcopy(plain)
         blocks.set_window(expected, 12)
         self.assertEqual(base["val"], hwdeblur.evaluate(expected, pairs))
         self.assertNotEqual(base["val"], hwdeblur.evaluate(plain, pairs))
-        found = {"sites": ["mid.0"], "base_val_db": 0.0, "knee": [0],
-                 "evaluations": [{"options": [0], "loss_db": 0.0, "latency_ms": 1.0}]}
+        found = {"sites": ["mid.0"], "base_val_db": 30.0, "knee": [0],
+                 "evaluations": [{"options": [0], "loss_db": 0.5, "latency_ms": 1.0}]}
         with mock.patch.object(hwdeblur, "picked", return_value=0) as picked:
             tuned = quiet(hwdeblur.stage_finetune, job, base, {"params": {}}, found)
-        self.assertEqual(picked.call_args.args[1:], ("near-best",))
-        self.assertEqual(tuned["candidates"][0]["val_after_db"], base["val"]["psnr_db"])
+        self.assertEqual(picked.call_args.args, ([row := tuned["candidates"][0]], "best"))
+        self.assertEqual((row["val_before_db"], row["val_after_db"]), (29.5, base["val"]["psnr_db"]))
         head = {"stage": "finetune", "seed": 0, "inputs": {}, "config": {"frame": [40, 36], "made_test": 2},
                 "options": [block.__name__ for block in blocks.BLOCKS]}
         hwdeblur.saved(out / "finetuned.pt", tuned, head)
@@ -2893,12 +2711,10 @@ class OneNet(Case):
         exported = torch.export.load(out / "deblur.pt2")
         torch.testing.assert_close(exported.module()(x), expected(x), rtol=1e-4, atol=1e-4)
         self.assertNotIn("float64", str(exported))             # which phones do not have
-        hwdeblur.saved(out / "old.pt", {**tuned, "arch": blocks.architecture(tuned["params"])}, head)
-        config = hwdeblur.Config(from_=str(out / "old.pt"), crop=16, finetune_steps=0)
         self.enterContext(mock.patch.object(hwdeblur, "score_nets", lambda nets, *rest: nets))
-        self.assertIsNone(quiet(hwdeblur.stage_adapt, job._replace(config=config))["arch"]["window"])
-        for more, window in (({}, 12), ({"tlc": True}, 24)):           # a net that was found keeps its window
-            config, read = dataclasses.replace(config, from_=str(out / "finetuned.pt"), **more), set()
+        for tlc, window in ((False, 12), (True, 24)):                  # a net that was found keeps its window
+            config, read = hwdeblur.Config(from_=str(out / "finetuned.pt"), crop=16, tlc=tlc,
+                                           finetune_steps=0), set()
             adapted = quiet(hwdeblur.stage_adapt, job._replace(config=Watched(config, read)))
             self.assertLessEqual(read - {"workers"}, set(hwdeblur.relevant(config, "finetune")))
             self.assertEqual(adapted["arch"]["window"], window)
@@ -2961,7 +2777,7 @@ class OneNet(Case):
         self.assertIn("times 2.00, since the base net took 20.0 ms in it and 10.0 ms when",
                       hwdeblur.pace_words(found))
         self.assertEqual([found[name]["predicted_ms"] for name in ("base", "chosen")], [20.0, 20.0])
-        for ms, told in ((8.0, True), (16.6, True), (16.7, False), (23.9, False), (24.1, True), (None, False)):
+        for ms, told in ((16.6, True), (16.7, False), (23.9, False), (24.1, True), (None, False)):
             found["chosen"]["latency_ms"] = ms    # 20.0 predicted
             self.assertEqual("if something disturbed" in hwdeblur.pace_words(found), told)
 
@@ -3011,7 +2827,8 @@ class Deblur(Case):
 
 class Store(Case):
     """What is written is read back, or refused in one line that names the file."""
-    HEAD = {"stage": "search", "config": {"seed": 0}, "inputs": {"base.pt": 1}, "options": ["A", "B"]}
+    HEAD = {"stage": "search", "config": {"evaluations": 9, "seed": 0}, "inputs": {"base.pt": 1},
+            "options": ["A", "B"]}
 
     def test_what_is_saved_is_loaded_and_what_differs_is_said(self):
         payloads = {"a.json": {"x": [1.5, None, "é"], "y": {"3": [True, 0.1]}},
@@ -3026,20 +2843,15 @@ class Store(Case):
             self.assertEqual(hwdeblur.loaded(path, {"stage": "search"})["checksum"], checksum)
             for change, kind, pattern in (
                     ({"stage": "profile"}, hwdeblur.InputError, "not an artefact of stage profile"),
-                    ({"config": {"seed": 1}}, hwdeblur.InputError, "made with --seed 0, not 1"),
+                    ({"config": {"evaluations": 30, "seed": 0}}, hwdeblur.Stale, "--evaluations 9, not 30"),
+                    ({"config": {"evaluations": 30, "seed": 1}}, hwdeblur.InputError,
+                     "made with --seed 0, not 1"),       # a search that goes on hides no other flag
                     ({"config": {"tlc": False}}, hwdeblur.InputError, "of a version without --tlc"),
                     ({"inputs": {"base.pt": 2}}, hwdeblur.Stale, "from another base.pt"),
                     ({"options": ["A"]}, hwdeblur.Stale, "with other options: A, B")):
-                with self.assertRaisesRegex(kind, f"^{path} [^\n]*{pattern}[^\n]*$"):
+                with self.assertRaisesRegex(kind, f"^{path} [^\n]*{pattern}[^\n]*$") as refused:
                     hwdeblur.loaded(path, {**self.HEAD, **change})
-
-    def test_a_search_that_goes_on_hides_no_other_flag(self):
-        path, config = self.root / "a.json", {"evaluations": 100, "finetune_steps": 5}
-        hwdeblur.saved(path, {}, {**self.HEAD, "config": config})
-        for more, kind in (({}, hwdeblur.Stale), ({"finetune_steps": 6}, hwdeblur.InputError)):
-            with self.assertRaises(hwdeblur.InputError) as refused:
-                hwdeblur.loaded(path, {**self.HEAD, "config": {**config, "evaluations": 200, **more}})
-            self.assertIs(type(refused.exception), kind)
+                self.assertIs(type(refused.exception), kind)
 
     def test_the_checksum_covers_every_value(self):
         value = {"a": torch.ones(2, 3), "b": [1, 2.5], "c": {"d": None}}
@@ -3203,15 +3015,9 @@ class Whole(Case):
         found = artefact(self.out / "search.json")
         rows = [tuple(row["options"]) for row in found["evaluations"]]
         self.assertEqual((found["proposed"], len(rows)), (24, len(set(rows))))
-        for i in found["knee"]:                   # what takes a swap back is scored
-            self.assertLess(set(hwdeblur.taken_back(rows[i]).values()), set(rows))
-        Y = [(row["loss_db"], row["penalty"]) for row in found["evaluations"]]
-        self.assertEqual(sorted(found["front"]), np.flatnonzero(search.pareto_mask(Y)).tolist())
         val = quiet(hwdeblur.split_pairs, hwdeblur.Config(made_test=2, made_size=48), "val")
         blurred_db = hwdeblur.evaluate(None, val)["psnr_db"]
         self.assertAlmostEqual(found["gain_db"], found["base_val_db"] - blurred_db)
-        self.assertAlmostEqual(found["evaluations"][0]["loss_db"], 0)
-        self.assertAlmostEqual(found["evaluations"][0]["penalty"], 1)
         self.assertEqual(self.stages(self.said, "written,"), list(hwdeblur.STAGES))
         self.assertRegex(self.said, r"search: .*search.json written, \d+\.\d s\n")
 
@@ -3234,13 +3040,6 @@ class Whole(Case):
         self.assertEqual(chosen["predicted_ms"], candidate["latency_ms"])
         base = [row for row in rows if row[0] == "base"][1]            # of Table 3; the first is at the top
         self.assertEqual(base[-2], f"{found['base_val_db']:.2f}")
-        back = found["taken_back"][tuned["picked"]]
-        for site, option in tuned["choice"].items():
-            words = "NAFBlock stays"
-            if option:
-                words = (f"{blocks.BLOCKS[option].__name__} in place of NAFBlock, "
-                         f"{-back['saved_ms'][site]:+z.2f} ms, {-back['cost_db'][site]:+z.2f} dB")
-            self.assertIn(f"\n- {site}: {words}\n", report)
         self.assertIn(hwdeblur.PAPER_TABLE_1, report)
         stages = re.findall(r"^\| ((?:enc|mid|dec)\d?) ", report, re.MULTILINE)
         self.assertEqual(stages[:5], ["enc0", "enc1", "mid", "dec1", "dec0"])
@@ -3309,19 +3108,16 @@ class Whole(Case):
         self.assertEqual((fewer["proposed"], fewer["evaluations"][:20]), (20, before[:20]))
 
     def test_candidates_are_what_was_wished_for(self):
-        (found, *_), keys = self.searched("no_wish", files=()), ("latency_ms", "loss_db")
+        found = artefact(self.out / "search.json")
         front = [found["evaluations"][i] for i in found["front"]]
-        ms, loss = (sorted(row[key] for row in front if any(row["options"])) for key in keys)
-        for flag, most, key, other in (("--max-ms", ms[1], *keys),
-                                       ("--max-loss-db", max(loss[1], 1e-3), *keys[::-1])):
-            wish, *_ = self.searched(f"wish{flag}", flag, most, files=())
-            front, knee = ([wish["evaluations"][i] for i in wish[name]] for name in ("front", "knee"))
-            within = [row for row in front if row[key] <= most and any(row["options"])]
-            self.assertEqual(knee[0][other], min(row[other] for row in within))
-            self.assertTrue(all(row in within for row in knee))
+        ms = sorted(row["latency_ms"] for row in front if any(row["options"]))
+        wish, *_ = self.searched("wish", "--max-ms", ms[1], files=())
+        front, knee = ([wish["evaluations"][i] for i in wish[name]] for name in ("front", "knee"))
+        within = [row for row in front if row["latency_ms"] <= ms[1] and any(row["options"])]
+        self.assertEqual(knee[0]["loss_db"], min(row["loss_db"] for row in within))
+        self.assertTrue(all(row in within for row in knee))
         self.refused(f"no net .* meets --max-ms {ms[0] / 2:g}; the nearest .* take {ms[0]:.4g} ms",
                      "all", *PAPER, "--max-ms", ms[0] / 2, out=self.copied("no_such_net"))
-        self.assertRegex(self.printed, "knee: .* dB lost\n- `--max-loss-db 0.1`: .*\n- `--max-loss-db 0.3`: ")
 
     def test_what_was_made_from_another_table_is_made_anew(self):
         out = self.copied("stale_table")
@@ -3334,10 +3130,6 @@ class Whole(Case):
         self.assertRegex(said, "search: .*search.json was made from another profile.json, so it is made anew")
         self.assertEqual(self.stages(said, "made anew"), ["search", "finetune", "evaluate"])
         self.assertEqual(self.stages(again, "reused"), list(hwdeblur.STAGES)[:-1])
-        (out / "profile.json").unlink()
-        self.done("profile", *PAPER, out=out)
-        self.refused("search.json was made from another profile.json: --stage search makes it anew",
-                     "evaluate", *PAPER, out=out)
 
     def test_what_was_made_from_other_weights_is_made_anew(self):
         out, weights = self.root / "stale_weights", self.root / "w.pth"
@@ -3350,9 +3142,6 @@ class Whole(Case):
         self.assertEqual(self.stages(said, "written,"), list(hwdeblur.STAGES))
         second = small_net(enc=(1, 1), seed=2).state_dict()
         self.assertTrue(same(artefact(out / "base.pt")["params"], second))
-        torch.save(small_net(enc=(1, 1), seed=3).state_dict(), weights)
-        (out / "base.pt").unlink()
-        self.assertEqual(self.stages(self.done(*flags, out=out)[1], "written,"), list(hwdeblur.STAGES))
         weights.unlink()                          # what it was is in base.pt
         self.assertEqual(self.stages(self.done(*flags, out=out)[1], "written,"), ["report"])
 
@@ -3390,7 +3179,8 @@ class Whole(Case):
         out = self.copied("exported", "finetuned.pt", "metrics.json")
         self.done("export", out=out)
         card, x = artefact(out / "deblur.json"), images(1, 3, 32, 32)
-        self.assertEqual((card["input"], card["shape"], card["range"]), ("image", [*x.shape], [0, 1]))
+        self.assertEqual([card[key] for key in ("input", "shape", "range", "float16")],
+                         ["image", [*x.shape], [0, 1], []])
         self.assertEqual(card["psnr_db"], artefact(out / "metrics.json")["chosen"]["psnr_db"])
         torch.save(x, out / "in.pt")
         code = ("import torch; x = torch.load('in.pt')\n"
@@ -3407,33 +3197,14 @@ class Whole(Case):
         self.assertRegex(said, f"(?s)export: {told}\n.*no PSNR and latency")
         self.assertEqual((card["float16"], card["shape"]), ([told], [1, 3, 20, 36]))
 
-    def test_what_float16_cannot_hold_is_named_and_layer_norms_divide_first(self):
+    def test_what_float16_cannot_hold_is_named(self):
         out, tuned = self.copied("half", "finetuned.pt"), artefact(self.out / "finetuned.pt")
-        net = hwdeblur.chosen_net(tuned)
-        block = next(name for name, module in net.named_modules() if type(module) is blocks.NAFBlock)
-        planted = {"intro.weight": (3e5, "NAFNet.intro: convolution, reaches .*float16 ends at 65504"),
-                   f"{block}.conv1.weight": (1e9, f"NAFNet.{block}.conv1: convolution, reaches")}
-        pairs = hwdeblur.split_pairs(hwdeblur.Config(made_size=48, made_test=2), "val")
-        self.assertEqual(hwdeblur.within_float16(net, pairs, "cpu")[1], [])
-        for name, (factor, words) in planted.items():
-            broken = copy.deepcopy(tuned)
-            broken["params"][name] *= factor
-            del broken["checksum"]
-            hwdeblur.saved(out / "finetuned.pt", broken, {})
-            said = self.done("export", out=out)[1]
-            self.assertRegex(said, words)
-            self.assertRegex(" ".join(artefact(out / "deblur.json")["float16"]), words)
-        base = small_net()
-        base.intro.weight.data *= 300
-        deployed, lines = hwdeblur.within_float16(base, pairs, "cpu")
-        self.assertEqual(len(lines), 1)
-        self.assertRegex(lines[0], r"layer norms divide by \d+ first: NAFNet.*norm\d: sum of squares")
-        x = hwdeblur.as_batch([pairs[0][1]])
-        plain, divided = (blocks.magnitudes(net, [x]) for net in (blocks.deploy(base), deployed))
-        self.assertGreater(max(plain.values()), hwdeblur.FLOAT16)
-        self.assertLess(max(divided.values()), hwdeblur.FLOAT16)
-        with torch.no_grad():
-            self.assertTrue(torch.equal(deployed(x), base.eval()(x)))
+        tuned["params"]["intro.weight"] *= 3e5
+        del tuned["checksum"]
+        hwdeblur.saved(out / "finetuned.pt", tuned, {})
+        words = "NAFNet.intro: convolution, reaches .*float16 ends at 65504"
+        self.assertRegex(self.done("export", out=out)[1], words)
+        self.assertRegex(" ".join(artefact(out / "deblur.json")["float16"]), words)
 
     def test_the_command_line_teaches_the_stages(self):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -3474,7 +3245,10 @@ class Whole(Case):
                 ("--frame", "8000 --width 64", "is .*no memory")):
             self.refused(f"{flag}.*{bound}", *flags, flag, *str(value).split(), out=empty)
         self.refused("no folder", *flags, "--data", self.root, out=empty)
-        self.refused("no file /nowhere.pth", *flags, "--weights", "/nowhere.pth", out=empty)
+        torch.save({name: v * 1e30 for name, v in small_net().state_dict().items()}, self.root / "nan.pth")
+        for why, path in (("no file /nowhere.pth", "/nowhere.pth"),
+                          ("validation gives nan dB: give other weights than", self.root / "nan.pth")):
+            self.refused(why, *flags, "--weights", path, out=empty)
         self.refused("cannot be written", *flags, out=__file__)
         error = RuntimeError("can't allocate memory: 9 bytes")
         for env in ({}, {"RANK": "1"}):           # the rank that met it tells it
@@ -3516,15 +3290,13 @@ class Whole(Case):
             with Image.open(root / "out.png") as restored:
                 self.assertEqual(restored.size, image.size)
         self.assertRegex(said, r"in the middle of the picture they have \d+\.\d dB \(PSNR\) against a single")
-        deep = hwdeblur.load_image(root / "deep.png")[0].numpy()
-        self.assertLessEqual(np.abs(deep - shades / 257).max(), 0.5)
         (root / "folder.png").mkdir()
         Image.new("RGB", (16500, 2)).save(root / "wide.png")
         (root / "cut.jpg").write_bytes((root / "rgb.jpg").read_bytes()[:400])
         for name, output, pattern in ((__file__, "o.png", "cannot read"),
                                       ("rgb.jpg", "o.xyz", "unknown kind"),
                                       ("rgb.jpg", "folder.png", "--output .*folder.png is a folder"),
-                                      ("rgb.jpg", "../" + root.name + "/rgb.jpg", "rgb.jpg is --input itself"),
+                                      ("rgb.jpg", f"../{root.name}/rgb.jpg", "rgb.jpg is --input itself"),
                                       ("cut.jpg", "o.png", "cannot read image .*cut.jpg"),
                                       ("wide.png", "o.webp", "o.webp cannot be made .*give .png")):
             self.refused(pattern, "deblur", "--input", root / name, "--output", root / output)
@@ -3583,13 +3355,13 @@ class Whole(Case):
         train, crops, Job, seeds, read = blocks.train, hwdeblur.crops, hwdeblur.Job, [], set()
         noting = lambda pairs, *args: seeds.append(args[0]) or crops(pairs, *args)
 
-        def watched(net, batch_at, steps, lr, *more, **each):
-            if not each:                          # not the four steps that tell how long it will take
-                trained.append((steps, lr, seeds[-1], batch_at(0)[0].sum().item(), more[4:]))
-            return train(net, batch_at, steps, lr, *more, **each)
+        def watched(net, batch_at, steps, lr, *more):
+            trained.append((steps, lr, seeds[-1], batch_at(0)[0].sum().item(), more[4:]))
+            return train(net, batch_at, steps, lr, *more)
 
         with mock.patch.object(blocks, "train", watched), mock.patch.multiple(
-                hwdeblur, crops=noting, Job=lambda config, *args: Job(Watched(config, read), *args)), \
+                hwdeblur, crops=noting, Job=lambda config, *args: Job(Watched(config, read), *args),
+                seconds_per_step=lambda *args: 3000.0), \
                 mock.patch.object(hwdeblur, "scorer", wraps=hwdeblur.scorer) as scorer:
             printed, said = self.done("control", *flags, out=out)
         art = artefact(out / "control.json")
@@ -3598,7 +3370,10 @@ class Whole(Case):
         self.assertEqual(list(rows), ["base", "base, more steps", "chosen", "narrower", "shallower",
                                       "shallower, one block more", "one option everywhere", "budgeted sum",
                                       "random 1", "random 2", "chosen, from scratch"])
-        self.assertRegex(said, r"control: \d nets to train, 2 of them from scratch, \d+ steps in all")
+        count = sum(not row["missing"] for row in art["rows"]) - 2     # less base and chosen net
+        steps = 2 * count + 3 * 2
+        self.assertIn(f"control: {count} nets to train, 2 of them from scratch, {steps} steps in all: about "
+                      f"{steps * 50:.0f} minutes", said)
         self.assertEqual({row[:3] for row in trained}, {(3, 2e-3, 0), (2, 1e-3, 4)})           # as before
         self.assertEqual(len(set(trained)), 2)    # the same crops, whatever the net
         self.assertEqual({row[4] for row in trained}, {(0.0, 31.4, 8.0)})
@@ -3692,21 +3467,6 @@ class Whole(Case):
                              [0, 2] if gone is None else [1, 0])
             (out / "control.json").unlink()
 
-    def test_the_best_or_the_fastest_is_picked(self):
-        out = self.copied("picked")
-        for pick, key in (("best", lambda c: -c["val_after_db"]), ("fastest", lambda c: c["latency_ms"])):
-            (out / "finetuned.pt").unlink()
-            self.done("finetune", *PAPER, "--finetune-steps", 0, "--pick", pick, out=out)
-            tuned = artefact(out / "finetuned.pt")
-            self.assertEqual(tuned["candidates"][tuned["picked"]], min(tuned["candidates"], key=key))
-        for c in tuned["candidates"]:             # no step changes no score
-            self.assertAlmostEqual(c["val_before_db"], c["val_after_db"], places=3)
-
-    def test_search_scores_nothing_twice(self):
-        found, scored, _ = self.searched("cut_search", stops=(13, 21, 23, 25))
-        self.assertEqual(found, artefact(self.out / "search.json"))
-        self.assertCountEqual(scored, [tuple(row["options"]) for row in found["evaluations"]])
-
     def test_a_finished_evaluation_is_printed_and_force_is_for_the_latencies_of_the_stage_asked_for(self):
         out, flags = self.copied("force"), ("evaluate", *PAPER)
         printed, said = self.done(*flags, out=out)
@@ -3788,15 +3548,7 @@ class Whole(Case):
         rows = artefact(whole / "control.json")["rows"]
         self.assertTrue(all(row["missing"] or math.isfinite(row["psnr_db"]) for row in rows), rows)
         self.assertRegex((whole / "report.md").read_text(), "(?s): NoBlock in place of NAFBlock.* 7 NoBlock ")
-        tuned = artefact(whole / "finetuned.pt")
-        removed = [site for site, k in tuned["choice"].items() if k == blocks.NO_BLOCK]
-        self.assertTrue(removed)
-        deployed, x = blocks.deploy(hwdeblur.chosen_net(tuned)), images(1, 3, 32, 32)
-        self.assertNotIn(blocks.NoBlock, set(map(type, deployed.modules())))
-        self.assertEqual(sum(len(stage) for _, stage, _ in blocks._stages(deployed)), 5 - len(removed))
-        self.done("export", out=whole)
-        program = torch.export.load(whole / "deblur.pt2").module()
-        torch.testing.assert_close(program(x), deployed(x), rtol=1e-5, atol=1e-6)
+        self.assertIn(blocks.NO_BLOCK, artefact(whole / "finetuned.pt")["choice"].values())
         self.assertEqual((shared / "surrogates.pt").read_bytes(), (self.out / "surrogates.pt").read_bytes())
         one, two = (artefact(out / "base.pt")["params"] for out in (self.out, whole))
         for name, p in one.items():
@@ -3872,7 +3624,11 @@ class Whole(Case):
                                                             (("before", found), ("after", tuned))):
             score = hwdeblur.evaluate(hwdeblur.chosen_net(art), hwdeblur.split_pairs(config, split))
             self.assertEqual(score, tuned["scores"][name][when])
-            self.assertIn(f"{score['psnr_db']:.2f}/", printed)
+        scores = tuned["scores"]["test"]
+        told, = (row for row in cells(printed) if row[0] == "test")
+        nets = ("blurred", "before", "after")
+        self.assertEqual(told[2:], [hwdeblur.psnr_ssim(scores[net]) for net in nets])
+        self.assertIn(str(start), tuned["inputs"])
         self.assertNotEqual(tuned["scores"]["test"]["before"], tuned["scores"]["test"]["after"])
         gmacs = artefact(self.out / "metrics.json")["chosen"]["gmacs"]
         self.assertAlmostEqual(tuned["gmacs"] / (64 * gmacs), 1, delta=0.05)         # 256x256, not 32x32
@@ -3887,16 +3643,12 @@ class Whole(Case):
             self.refused(pattern, "finetune", "--from", file, out=root / "new")
 
 
-class PlainConv(nn.Module):
+class PlainConv(nn.Conv2d):
     """A further option is a class like this, which nothing knows of, and one entry."""
 
     def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.scale = blocks.zero_scale(channels)
-
-    def forward(self, x):
-        return blocks.residual(x, F.relu(self.conv(x)), self.scale)
+        super().__init__(channels, channels, 3, padding=1, bias=False)
+        nn.init.dirac_(self.weight)
 
 
 class Project(Case):
@@ -3982,9 +3734,6 @@ class Timed(unittest.TextTestResult):
         self.stream.writeln(f"{seconds:6.2f} s  {test.id().removeprefix('__main__.')}  {outcome}")
 
 
-class Runner(unittest.TextTestRunner):
-    resultclass = Timed
-
-
 if __name__ == "__main__":
-    unittest.main(testRunner=Runner, verbosity=0)
+    unittest.TextTestRunner.resultclass = Timed
+    unittest.main(verbosity=0)
