@@ -3476,12 +3476,13 @@ class Whole(Case):
         (out / "search.json").unlink()            # which this stage does not need
         self.assertNotIn("Other wishes", self.done(*flags, out=out)[0])
         self.assertEqual(self.stages(self.done(*flags, "--force", out=out)[1], "written,"), ["evaluate"])
+        config = hwdeblur.config_of(artefact(self.out / "metrics.json")["config"])
         for stage, names in (("all", ["profile", "evaluate"]), ("profile", ["profile"]),
                              ("evaluate", ["evaluate"])):
             anew = []
             with mock.patch.multiple(hwdeblur, conclude=lambda *args: None,
                                      prepared=lambda *args: args[5] and anew.append(args[1]) or None):
-                hwdeblur.run(hwdeblur.Config(), stage, self.out, force=True)
+                hwdeblur.run(config, stage, self.out, force=True)
             self.assertEqual(anew, names)
         for stage in ("search", "control", "deblur"):
             self.refused(f"--force goes with .*, not {stage}", stage, "--force")
