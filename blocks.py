@@ -789,7 +789,7 @@ def distill(net, sites, batch_at, steps, lr, seed, only=None, amp=False, state=N
             yield name, 1.0, functools.partial(loss_of, name)
 
     rate = lambda step: cosine(step, steps, lr, 0.0)
-    count = min(len(names), side_by_side(net.intro.weight.device))
+    count = side_by_side(net.intro.weight.device)                      # of one pair too: a subset's bits
     losses = minimise(students, optimizer, names, losses_at, steps, rate, state, each, count=count)
     surrogates, curves = {}, {}
     for name, (site, k) in names.items():

@@ -967,13 +967,18 @@ def split_pairs(config, split):
     return val if split == "val" else [train[i] for i in order]
 
 
+def missing_pairs(config, count):
+    """What `count` own training pairs lack: those missing from --few, `count` at least; 0 if not few."""
+    few = config.data and not config.from_ and count < config.few
+    return max(config.few - count, count) if few else 0
+
+
 def few_words(config, count):
     """That `count` own training pairs are few, and what share of all crops made ones take; "" if not few."""
-    if not config.data or config.from_ or count >= config.few:
-        return ""
-    missing = max(config.few - count, count)
-    return (f"{count} training pairs are few (--few): {config.made_train} made ones take "
-            f"{missing / (missing + count):.0%} of all crops.")
+    missing = missing_pairs(config, count)
+    words = (f"{count} training pairs are few (--few): {config.made_train} made ones take "
+             f"{missing / (missing + count):.0%} of all crops.")
+    return words * bool(missing)
 
 
 def splits_words(config):
@@ -988,17 +993,17 @@ def splits_words(config):
 def training_pairs(config, split="train"):
     """Train or, where that is a few photographs, train and made pairs; adaptation keeps to train.
 
-    A made pair for every one missing from --few, and at least as many as own ones: 400 steps on one scene
-    alone scored 9 dB below the blurred input on another. Six scenes, each left out in turn, two or four crops
-    of the others (10 or 12 pairs) to train on, base over blurred input: by halves .64 dB in the mean and -.03
-    in the worst, so .79 and .12.
+    Crops are shared as own pairs are to `missing_pairs`: 400 steps on one scene alone scored 9 dB below the
+    blurred input on another. Six scenes, each left out in turn, two or four crops of the others (10 or 12
+    pairs) to train on, base over blurred input: by halves .64 dB in the mean and -.03 in the worst, so .79
+    and .12.
     """
     own = split_pairs(config, split)
-    if not (words := few_words(config, len(own))):
+    missing = missing_pairs(config, len(own))
+    if not missing:
         return own
-    say(words)
+    say(few_words(config, len(own)))
     made = made_pairs(config.seed, "train", config.made_train, max(config.made_size, config.crop))
-    missing = max(config.few - len(own), len(own))
     mixed = own * max(1, round(len(made) / missing)) + made * max(1, round(missing / len(made)))
     return [mixed[i] for i in np.random.default_rng([config.seed, 5]).permutation(len(mixed))]
 
@@ -1581,7 +1586,7 @@ def stage_adapt(job):
     found = loaded(Path(config.from_), {"stage": "finetune"}, "give a finetuned.pt")
     sets = {"validation": job.pairs("val"), "test": job.pairs("test"), **named_pairs(config)}
     before = chosen_net(found, job.device)
-    window = window_of(config) or found["arch"]["window"]          # the net that was found keeps its own
+    window = window_of(config) or found["arch"]["window"]              # the net that was found keeps its own
     blocks.set_window(before, window)
     after = trained(job, before, config.finetune_steps, config.finetune_lr, "finetune", "finetuned.part",
                     config.seed + 4)
@@ -2035,7 +2040,7 @@ def pace_words(metrics):
              f"{drift:.2f}, since the base net took {ms:.1f} ms in it and {ms / drift:.1f} ms when its "
              "blocks were profiled.")
     predicted, taken = (metrics["chosen"][key] for key in ("predicted_ms", "latency_ms"))
-    if taken is not None and max(predicted, taken) > 1.2 * min(predicted, taken):
+    if metrics["sums"]["repeat_tau"] is not None and max(predicted, taken) > 1.2 * min(predicted, taken):
         words += (f" The chosen net took {taken:.1f} ms, not {predicted:.1f}: if something disturbed the "
                   "measurement, --stage evaluate --force repeats it.")
     if (whole := metrics["global_ms"]) is not None:

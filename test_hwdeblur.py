@@ -2777,8 +2777,9 @@ class OneNet(Case):
         self.assertIn("times 2.00, since the base net took 20.0 ms in it and 10.0 ms when",
                       hwdeblur.pace_words(found))
         self.assertEqual([found[name]["predicted_ms"] for name in ("base", "chosen")], [20.0, 20.0])
-        for ms, told in ((16.6, True), (16.7, False), (23.9, False), (24.1, True), (None, False)):
-            found["chosen"]["latency_ms"] = ms    # 20.0 predicted
+        for ms, tau, told in ((16.6, 1.0, True), (16.7, 1.0, False), (23.9, 1.0, False), (24.1, 1.0, True),
+                              (24.1, None, False)):                    # 20.0 predicted; on a phone
+            found["chosen"]["latency_ms"], found["sums"]["repeat_tau"] = ms, tau
             self.assertEqual("if something disturbed" in hwdeblur.pace_words(found), told)
 
 
