@@ -2166,10 +2166,11 @@ def front_section(found, diverged, pick):
     why = "Nothing faster that was scored keeps any of the base net's gain, so the base is the one candidate."
     if any(rows[found["knee"][0]]["options"]):
         distances = ", ".join(f"{distance:.2f}" for distance in found["below_chord"])
-        why = (f"Candidates from the front, without the base: first {wish_words(found['config'])}; then, if "
-               f"it lies apart, the fastest that loses at most {WON_BACK_DB} dB, which fine-tuning usually "
-               "wins back, or nearly; then the others, by the first rule. Where there are enough, they are "
-               "at least a tenth of the span in latency apart, as near-copies teach little. Their distances "
+        why = ("Candidates from the front, without the base and within any wish: first "
+               f"{wish_words(found['config'])}; then, if it lies apart, the fastest that loses at most "
+               f"{WON_BACK_DB} dB, which fine-tuning usually wins back, or nearly; then the others, by the "
+               "first rule. Where there are enough, they are at least a tenth of the span in latency apart, "
+               "as near-copies teach little. Their distances "
                f"below the chord, both axes scaled to 1: {distances}. Picked after fine-tuning: "
                f"{PICKS[pick]}.")
     return ["## The front",
