@@ -1305,6 +1305,10 @@ class AIHub(Case):
         how = dict(precision="w8a8", calibration=self.calibration, options="--quiet")
         for self.hub.cut_after in (1, 2, 3, 4, 10):
             self.fails("authenticate", self.table, "mid.0", **how)
+            notes = artefact(self.jobs).values()  # an id is there once it is known: all but the last
+            kinds = {"onnx", "quantize", "compile", "profile"}
+            noted = [note[kind] for note in notes for kind in kinds & {*note}]
+            self.assertEqual(len(noted), self.hub.cut_after - 1)
         self.hub.cut_after = None
         table = self.table("mid.0", **how)
         jobs = [(kind, job) for kind in ("compile", "quantize", "inference") for job in self.hub.of(kind)]
