@@ -1232,9 +1232,11 @@ def trained(job, net, steps, lr, label, file, seed):
 
     state = resumed(job, file)
     wrap = functools.partial(DistributedDataParallel, forward_sync_buffers=False) if ranks > 1 else None
-    return blocks.train(net, batch_at, steps, lr, config.amp, state,
-                        keeper(job, file, label, steps, state), wrap, config.grad_clip, config.cap_db,
-                        config.average)
+    with warnings.catch_warnings():               # of DDP: strides differ, but only along axes of length 1
+        warnings.filterwarnings("ignore", "Grad strides")
+        return blocks.train(net, batch_at, steps, lr, config.amp, state,
+                            keeper(job, file, label, steps, state), wrap, config.grad_clip, config.cap_db,
+                            config.average)
 
 
 def stage_base(job):

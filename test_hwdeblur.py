@@ -3548,7 +3548,7 @@ class Whole(Case):
         statuses = ["status 0", "status 0", "status 0", "status 2", "status 2"]
         self.assertEqual((other[0].splitlines(), other[1]), (statuses, ""))
         self.assertEqual([line for line in printed.splitlines() if "status" in line], statuses, said)
-        self.assertEqual(said.count("hwdeblur: a broken image"), 2)
+        self.assertEqual((said.count("hwdeblur: a broken image"), said.count("Warning")), (2, 0), said)
         found = artefact(whole / "search.json")
         self.assertEqual((found["proposed"], found["space"], found["options"][-1]), (7, 8 ** 5, "NoBlock"))
         rows = artefact(whole / "control.json")["rows"]
