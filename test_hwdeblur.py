@@ -1926,6 +1926,16 @@ class Data(Case):
         self.assertTrue(min(radii) == 3 and 36 < max(radii) <= 128 / 3)
         self.assertTrue(0.45 < np.mean(np.array(radii) < 6) < 0.8)
 
+    def test_made_pairs_are_averaged_in_linear_light(self):
+        """Two of four pixels white make 255 (1 / 2) ** (1 / 2.2); a grey scene stays as grey as it was."""
+        half = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).expand(1, 3, 2, 2)
+        self.assertEqual(hwdeblur.to_eight_bits(half).unique().tolist(), [186])
+        grey = lambda size, rng: np.full((size, size, 3), 90, np.uint8)
+        rng = mock.Mock(wraps=np.random.default_rng(0), uniform=lambda *ends: 0.0)     # no grain
+        with mock.patch.object(hwdeblur, "dead_leaves", grey):
+            pair = hwdeblur.made_pair(16, rng, 0)
+        self.assertEqual(pair[0].unique().tolist(), [90])
+
     def test_the_blur_is_as_long_as_the_camera_s_path_and_keeps_the_light(self):
         """A point of light, moved along a straight path, leaves a streak of that length."""
         scene = np.zeros((2 * 64, 2 * 64, 3), np.uint8)
